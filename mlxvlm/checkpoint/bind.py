@@ -1,0 +1,150 @@
+"""Tensors -> a model's parameters, strictly. Knows modules and shapes, not files and not families.
+
+Which modules are quantised, and how, is read off the tensors themselves: the model knows each module's full shape,
+so the packed width gives the bits and the scales' width the group size. Configs of various ages disagree; tensors can't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxvlm.errors import UsageError, WeightsError
+from mlxvlm.models.base import VisionLanguageModel
+
+Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
+
+DTYPES: dict[str, mx.Dtype] = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+_PACKED_BITS = 32  # quantised weights are packed into uint32
+_FLOAT_MODES = {(32, 4): "mxfp4", (16, 4): "nvfp4", (32, 8): "mxfp8"}  # (group size, bits), each mode's only one
+_AFFINE_GROUPS = (32, 64, 128)
+_AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """Exactly mx.quantize's arguments."""
+
+    bits: int
+    group_size: int = 64
+    mode: str = "affine"
+
+
+def choose_dtype(name: str, weights: Mapping[str, mx.array]) -> mx.Dtype:
+    """`auto`: the checkpoint's own on a GPU, float32 on the CPU backend, where halves are far slower."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise UsageError(f"dtype {name!r} is unknown; choose auto, {', '.join(DTYPES)}")
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return mx.float32
+    sizes: dict[mx.Dtype, int] = {}
+    for array in weights.values():
+        if array.dtype in DTYPES.values():
+            sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else mx.float16
+
+
+def bind(model: VisionLanguageModel, weights: dict[str, mx.array], dtype: str, progress: Progress) -> None:
+    """Puts a checkpoint's tensors into a model and evaluates them one by one; `weights` is emptied.
+
+    Peak memory is the model plus one tensor. Raises WeightsError with every missing, extra or wrongly shaped name.
+    """
+    assert isinstance(model, nn.Module)
+    target = choose_dtype(dtype, weights)
+    named = model.sanitize(weights)
+    weights.clear()
+    quantize_modules(model, named)
+    expected = dict(tree_flatten(model.parameters()))
+    _check(expected, named)
+    total = sum(expected_bytes(array, target) for array in named.values())
+    done = 0
+    for name in expected:
+        array = _cast(named.pop(name), target)
+        _assign(model, name, array)
+        try:
+            mx.eval(array)
+        except RuntimeError as error:
+            raise WeightsError(f"tensor {name} can't be read: {error}") from error
+        done += int(array.nbytes)
+        progress(done, total)
+    model.eval()
+    model.freeze()
+
+
+def quantize_modules(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Replaces each module whose `.scales` is there by its quantised form (weights still to be bound)."""
+    modules = dict(model.named_modules())
+    replaced = []
+    for name in weights:
+        path, _, leaf = name.rpartition(".")
+        if leaf != "scales":
+            continue
+        module = modules.get(path)
+        if module is None or not hasattr(module, "to_quantized"):
+            raise WeightsError(f"{path} is quantised in the checkpoint, but is no layer that can be")
+        spec = quant_spec(path, module.weight.shape[-1], weights)
+        quantised = module.to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+        replaced.append((path, quantised))
+    if replaced:
+        model.update_modules(tree_unflatten(replaced))
+
+
+def quant_spec(path: str, width: int, weights: Mapping[str, mx.array]) -> QuantSpec:
+    """How the module at `path`, whose full input width is `width`, was quantised."""
+    packed, scales = weights.get(f"{path}.weight"), weights[f"{path}.scales"]
+    if packed is None or packed.dtype != mx.uint32 or not scales.shape[-1]:
+        raise WeightsError(f"{path} has scales, but no packed weight beside them")
+    bits, group = packed.shape[-1] * _PACKED_BITS / width, width / scales.shape[-1]
+    if f"{path}.biases" in weights:
+        if group in _AFFINE_GROUPS and bits in _AFFINE_BITS:
+            return QuantSpec(int(bits), int(group))
+    elif (group, bits) in _FLOAT_MODES:
+        return QuantSpec(int(bits), int(group), _FLOAT_MODES[int(group), int(bits)])
+    raise WeightsError(
+        f"{path}: weight {tuple(packed.shape)} and scales {tuple(scales.shape)} fit no quantisation of width {width}"
+    )
+
+
+def expected_bytes(array: mx.array, dtype: mx.Dtype) -> int:
+    """Bytes of a tensor once it is bound."""
+    return int(array.size * (dtype.size if array.dtype in DTYPES.values() else array.dtype.size))
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    # Packed weights and the scales of the float modes are integers and stay.
+    return array.astype(dtype) if array.dtype in DTYPES.values() else array
+
+
+def _assign(model: nn.Module, name: str, array: mx.array) -> None:
+    owner: Any = model
+    *path, leaf = name.split(".")
+    for key in path:
+        owner = owner[int(key)] if isinstance(owner, list) else owner[key]
+    owner[leaf] = array
+
+
+def _check(expected: Mapping[str, mx.array], found: Mapping[str, mx.array]) -> None:
+    wrong = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    problems = [
+        _listed("missing", [name for name in expected if name not in found]),
+        _listed("unknown", [name for name in found if name not in expected]),
+        _listed("wrongly shaped", wrong),
+    ]
+    text = "; ".join(problem for problem in problems if problem)
+    if text:
+        raise WeightsError(f"the checkpoint's tensors are not this model's: {text}")
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    """Every name, long as it may be: this error is the only place where a user sees them."""
+    return f"{len(names)} {kind}: {', '.join(sorted(names))}" if names else ""

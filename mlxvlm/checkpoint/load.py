@@ -1,0 +1,89 @@
+"""A model's name -> everything the engine needs. Knows the order of loading, not its parts.
+
+Source of the defaults' precedence: transformers reads generation_config.json first, then config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from mlxvlm.checkpoint.hub import resolve
+from mlxvlm.errors import ModelError, ModelNotFoundError
+from mlxvlm.families import Family, family_of
+from mlxvlm.processors.base import Processor
+from mlxvlm.processors.files import ProcessorFiles, read_json
+
+DEFAULT_CONTEXT = 2048  # LlamaConfig's, where a partial text_config leaves it out
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What the checkpoint itself says about generating; requests override it."""
+
+    eos_token_ids: frozenset[int]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_configs(cls, generation: Mapping[str, Any], config: Mapping[str, Any]) -> GenerationDefaults:
+        eos: Any = None
+        for source in (generation, config, config.get("text_config") or {}):
+            eos = source.get("eos_token_id")
+            if eos is not None:
+                break
+        ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        if not generation.get("do_sample", False):
+            return cls(ids)
+        return cls(
+            ids,
+            temperature=generation.get("temperature") or 1.0,
+            top_p=generation.get("top_p") or 1.0,
+            top_k=generation.get("top_k") or 0,
+            repetition_penalty=generation.get("repetition_penalty") or 1.0,
+        )
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint whose small files are read and whose weights are not."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    processor: Processor
+    defaults: GenerationDefaults
+    max_context: int
+
+    def build(self, dtype: str, progress: Any) -> Any:
+        """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
+        from mlxvlm.checkpoint.bind import bind
+        from mlxvlm.checkpoint.weights import read_weights
+
+        weights = read_weights(self.folder)
+        model = self.family.model_module().build(self.config)
+        bind(model, weights, dtype, progress)
+        return model
+
+
+def open_model(name: str, *, revision: str | None = None, chat_template: Path | None = None) -> ModelSource:
+    """Finds a model and reads its small files; no MLX is imported yet. Raises ModelError and its kinds."""
+    folder = resolve(name, revision)
+    config = read_json(folder / "config.json")
+    if not config:
+        raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
+    family = family_of(config)
+    files = ProcessorFiles.read(folder, config, chat_template)
+    text_config = config.get("text_config") or config
+    try:
+        processor = cast(Processor, family.processor_module().build(files))
+        max_context = int(text_config.get("max_position_embeddings", DEFAULT_CONTEXT))
+        defaults = GenerationDefaults.from_configs(read_json(folder / "generation_config.json"), config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{folder} has a config that makes no sense: {type(error).__name__}: {error}") from error
+    return ModelSource(name, folder, config, family, processor, defaults, max_context)

@@ -1,0 +1,60 @@
+"""A folder's safetensors files -> lazy tensors. Knows files and shards, not what the names mean.
+
+`mx.load` reads the header only; a tensor is read when it is evaluated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxvlm.checkpoint.hub import INDEX
+from mlxvlm.errors import ModelError, WeightsError
+from mlxvlm.processors.files import read_json
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the index's shards, else those that lie in the folder.
+
+    Raises WeightsError naming each missing shard, ModelError if there are no weights at all.
+    """
+    index = read_json(folder / INDEX)
+    if index:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise WeightsError(f"{folder / INDEX} has no weight_map")
+        files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise WeightsError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")
+        return files
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+    if files:
+        return files
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
+        raise ModelError(f"{folder} has weights in PyTorch's pickle format only; safetensors are needed")
+    raise ModelError(f"{folder} has no weights (*.safetensors)")
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """Every tensor of the folder by name, unread. Raises WeightsError naming a damaged file."""
+    weights: dict[str, mx.array] = {}
+    for file in weight_files(folder):
+        try:
+            loaded = mx.load(str(file))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise WeightsError(_damage(file, error)) from error
+        assert isinstance(loaded, dict)
+        weights.update(loaded)
+    return weights
+
+
+def _damage(file: Path, error: Exception) -> str:
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`"
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{file} is damaged or truncated ({reason[0]}); fetch it again"

@@ -1,0 +1,64 @@
+"""The machine under MLX: its name, its memory, and the limits set once a process. Knows no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+_CACHE_SHARE = 0.05  # of the working set: freed buffers that MLX may keep for reuse
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What `doctor` shows; bytes are 0 where the backend does not say."""
+
+    name: str
+    is_gpu: bool
+    mlx_version: str
+    memory_bytes: int
+    working_set_bytes: int  # what macOS lets the GPU keep wired
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """MLX's own counters, in bytes."""
+
+    active_bytes: int
+    peak_bytes: int
+    cached_bytes: int
+
+
+def is_gpu() -> bool:
+    """Whether MLX's default device is a GPU."""
+    return bool(mx.default_device().type == mx.DeviceType.gpu)
+
+
+def report() -> DeviceReport:
+    """The default device."""
+    info = mx.device_info()
+    return DeviceReport(
+        name=str(info.get("device_name", "unknown")),
+        is_gpu=is_gpu(),
+        mlx_version=str(mx.__version__),
+        memory_bytes=int(info.get("memory_size", 0)),
+        working_set_bytes=int(info.get("max_recommended_working_set_size", 0)),
+    )
+
+
+def memory() -> MemoryReport:
+    """Callable from any thread."""
+    return MemoryReport(mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory())
+
+
+def configure() -> None:
+    """Limits for a long-lived process; called on the engine thread before a model is loaded."""
+    if not is_gpu():
+        # Compiled kernels need g++ at run time here and take seconds to build; Metal's pay at once.
+        mx.disable_compile()
+        return
+    working_set = report().working_set_bytes
+    if working_set:
+        # Weights stay resident between requests, and freed buffers can't grow to all of memory.
+        mx.set_wired_limit(working_set)
+        mx.set_cache_limit(int(working_set * _CACHE_SHARE))

@@ -1,0 +1,262 @@
+"""One thread that owns MLX: it loads a model and answers requests from any thread. Knows no family and no door.
+
+Each tick: commands, one decode step of all rows, then one batch of images or one prefill chunk. A decode step is
+started before the one before it is read, so the device never waits for Python.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import mlx.core as mx
+
+from mlxvlm.engine import device
+from mlxvlm.engine.request import Completion, Request
+from mlxvlm.engine.runner import ModelRunner, Step
+from mlxvlm.engine.sampler import read
+from mlxvlm.engine.scheduler import Scheduler
+from mlxvlm.engine.sequence import Phase, Sequence
+from mlxvlm.engine.stream import Stream
+from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, MlxvlmError
+from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.processors.base import Processor, Prompt
+
+Command: TypeAlias = Callable[[], None]
+Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
+Build: TypeAlias = Callable[[Progress], VisionLanguageModel]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine must know beside the model. Token counts."""
+
+    max_context: int
+    eos_token_ids: frozenset[int]
+    max_rows: int = 16
+    prefill_chunk: int = 2048
+    prefill_chunk_while_decoding: int = 256  # a long prompt must not stall running streams
+    num_workers: int = 2  # threads that prepare prompts and images
+
+
+class Engine:
+    """Submit requests from any thread; each answer comes through its own Stream.
+
+    The constructor returns when the model is loaded, or raises what loading raised.
+    """
+
+    def __init__(
+        self, build: Build, processor: Processor, config: EngineConfig, progress: Progress | None = None
+    ) -> None:
+        self.config = config
+        self.processor = processor
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._scheduler = Scheduler(config.max_rows)
+        self._open: dict[int, Sequence] = {}  # every sequence that has not ended
+        self._pending: Step | None = None
+        self._closing = threading.Event()
+        self._loaded: Future[None] = Future()
+        self._pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="mlxvlm-prepare")
+        self._thread = threading.Thread(
+            target=self._run, args=(build, progress), name="mlxvlm-engine", daemon=True
+        )
+        self._thread.start()
+        # A daemon thread inside MLX must not outlive the interpreter.
+        self._finalizer = weakref.finalize(self, _stop, self._closing, self._commands, self._thread)
+        try:
+            self._loaded.result()
+        except BaseException:  # also Ctrl-C while loading
+            self.close()
+            raise
+
+    def submit(self, request: Request) -> Stream:
+        """Starts a request. Raises UsageError for a bad parameter; all later errors come through the stream."""
+        request.sampling.check(self._runner.model.vocab_size)
+        if self._closing.is_set() or not self._thread.is_alive():
+            raise EngineClosedError("the engine is closed")
+        stream = Stream(lambda: self._commands.put(partial(self._cancel, sequence)))
+        sequence = Sequence(request, stream)
+        self._commands.put(partial(self._open.__setitem__, sequence.id, sequence))
+        prepared = self._pool.submit(self.processor, request.messages, request.template)
+        prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
+        return stream
+
+    def generate(self, request: Request) -> Completion:
+        """Waits for a whole answer."""
+        return self.submit(request).result()
+
+    def memory(self) -> device.MemoryReport:
+        """MLX's memory counters of this process."""
+        return device.memory()
+
+    def close(self) -> None:
+        """Ends every request with EngineClosedError, frees the model and waits for the thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Everything below runs on the engine thread.
+
+    def _run(self, build: Build, progress: Progress | None) -> None:
+        try:
+            if self._load(build, progress):
+                while not self._closing.is_set():
+                    self._drain()
+                    self._tick()
+        finally:
+            self._shut_down()
+
+    def _load(self, build: Build, progress: Progress | None) -> bool:
+        def report(done: int, total: int) -> None:
+            if self._closing.is_set():
+                raise EngineClosedError("loading was interrupted")
+            if progress is not None:
+                progress(done, total)
+
+        try:
+            device.configure()
+            self._runner = ModelRunner(build(report))
+        except Exception as error:  # noqa: BLE001 - the top of the engine thread
+            self._loaded.set_exception(error)
+            return False
+        self._loaded.set_result(None)
+        return True
+
+    def _shut_down(self) -> None:
+        for sequence in list(self._open.values()):
+            sequence.fail(EngineClosedError("the engine was closed"))
+        self._open.clear()
+        self._pending = None
+        self.__dict__.pop("_runner", None)
+        mx.clear_cache()
+        # Without this, MLX may abort the process at its exit.
+        mx.clear_streams()
+
+    def _drain(self) -> None:
+        """Runs waiting commands; sleeps when there is nothing else to do."""
+        idle = not self._scheduler.is_busy and self._pending is None
+        try:
+            while True:
+                self._commands.get(block=idle)()
+                idle = False
+        except queue.Empty:
+            return
+
+    def _tick(self) -> None:
+        self._scheduler.admit()
+        decoding = self._scheduler.decoding
+        self._guarded(decoding, partial(self._decode, decoding))
+        unit = self._scheduler.next_unit()
+        if unit is not None:
+            self._guarded([unit], partial(self._advance, unit, bool(decoding)))
+        self._scheduler.admit()
+
+    def _guarded(self, sequences: Seq[Sequence], work: Callable[[], None]) -> None:
+        """The one place where an unexpected error becomes the error of the requests it belongs to."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the top of the engine thread
+            failure = _as_failure(error)
+            self._pending = None
+            for sequence in sequences:
+                sequence.fail(failure)
+                self._forget(sequence)
+
+    def _decode(self, decoding: list[Sequence]) -> None:
+        previous = self._pending
+        running = bool(self._runner.batch.groups)
+        self._pending = self._runner.decode(decoding, previous) if running else None
+        if previous is not None:
+            self._deliver(previous)
+
+    def _deliver(self, step: Step) -> None:
+        """Reads a step and hands its tokens out; rows that ended in the meantime are passed over."""
+        results = read(step.sampled, [row.sampler for row in step.rows])
+        for row, (token_id, is_bad, logprob) in zip(step.rows, results, strict=True):
+            if row.done:
+                continue
+            if is_bad:
+                row.fail(InternalError("the model produced NaN for this request"))
+            else:
+                row.accept(token_id, logprob)
+            if row.done:
+                self._forget(row)
+
+    def _advance(self, sequence: Sequence, is_decoding: bool) -> None:
+        if not sequence.started:
+            sequence.start_clock()
+        if sequence.phase is Phase.VISION:
+            self._runner.encode_images(sequence)
+        else:
+            config = self.config
+            self._runner.prefill(
+                sequence, config.prefill_chunk_while_decoding if is_decoding else config.prefill_chunk
+            )
+
+    def _prepared(self, sequence: Sequence, future: Future[Prompt]) -> None:
+        """A prompt comes out of the pool, or the error of making it."""
+        if sequence.done:
+            return
+        error = EngineClosedError("the engine was closed") if future.cancelled() else future.exception()
+        if error is None:
+            error = self._unfit(future.result())
+        if error is not None:
+            sequence.fail(_as_failure(error))
+            self._forget(sequence)
+            return
+        prompt = future.result()
+        room = self.config.max_context - len(prompt.token_ids)
+        max_tokens = min(sequence.request.sampling.max_tokens or room, room)
+        sequence.begin(prompt, self.processor, max_tokens, self.config.eos_token_ids)
+        self._scheduler.add(sequence)
+
+    def _unfit(self, prompt: Prompt) -> MlxvlmError | None:
+        """Why a prompt can't be answered, None if it can."""
+        length, limit = len(prompt.token_ids), self.config.max_context
+        if not length:
+            return InputError("the prompt is empty")
+        if length >= limit:
+            images = prompt.token_ids.count(self.processor.image_token_id) if prompt.images else 0
+            of_images = f" ({images} of them for images)" if images else ""
+            return ContextLengthError(
+                f"the prompt has {length} tokens{of_images}, but the model's context is {limit}: "
+                "shorten it or send fewer images"
+            )
+        if prompt.images and prompt.images[-1].span[1] == length:
+            # Decoding starts from the last token's own embedding.
+            return InputError("the prompt ends with an image: the chat template must add text after it")
+        return None
+
+    def _cancel(self, sequence: Sequence) -> None:
+        sequence.cancel()
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._open.pop(sequence.id, None)
+        self._runner.drop(sequence)
+
+
+def _as_failure(error: BaseException) -> MlxvlmError:
+    if isinstance(error, MlxvlmError):
+        return error
+    failure = InternalError(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _stop(closing: threading.Event, commands: queue.SimpleQueue[Command], thread: threading.Thread) -> None:
+    closing.set()
+    commands.put(lambda: None)
+    thread.join()
+

@@ -1,0 +1,284 @@
+"""Keys and values of all rows, and attention over them. Knows lengths and slots, not what a row says.
+
+Rows of similar length share a group: one buffer [slots, K, capacity, Dh] a layer, each row at the left of its slot, so
+that rows join, grow and leave without moving the others. A row is never in a group with rows of more than twice its
+length (512 tokens and fewer count as equal), which bounds what padding costs; the linear layers still run over all rows
+at once, and only attention runs group by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlxvlm.models.base import KVSpec
+
+_STEP = 256  # tokens; capacities are multiples, as sizes that change at every step defeat MLX's buffer reuse
+_SHORT = 512  # rows below this are of one class
+
+
+def capacity_for(length: int) -> int:
+    """Buffer length for `length` tokens: multiples of 256, coarser for long rows so that growing stays rare."""
+    step = max(_STEP, 1 << max(length.bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+def length_class(length: int) -> int:
+    """Rows of one class may share a group: lengths in [2^(c-1), 2^c)."""
+    return max(length, _SHORT - 1).bit_length()
+
+
+class KVGroup:
+    """The rows of one length class; also a single row's own cache while its prompt is prefilled."""
+
+    def __init__(self, specs: Sequence[KVSpec]) -> None:
+        self.specs = specs
+        self.owners: list[int] = []
+        self.lengths: list[int] = []
+        self.kind = length_class(0)
+        self._slots = 0
+        self._capacity = 0
+        # None until the first write, which brings the dtype.
+        self._keys: list[mx.array | None] = [None] * len(specs)
+        self._values: list[mx.array | None] = [None] * len(specs)
+
+    @classmethod
+    def single(cls, specs: Sequence[KVSpec], owner: int) -> KVGroup:
+        """An empty cache for one row."""
+        group = cls(specs)
+        group.owners, group.lengths, group._slots = [owner], [0], 1
+        return group
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, empty slots included."""
+        return sum(int(buffer.nbytes) for buffer in (*self._keys, *self._values) if buffer is not None)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [buffer for buffer in (*self._keys, *self._values) if buffer is not None]
+
+    def reserve(self, new: int) -> None:
+        """Room for `new` more tokens in every row."""
+        needed = max(self.lengths) + new
+        if needed > self._capacity:
+            self._resize(self._slots, capacity_for(needed))
+
+    def join(self, row: KVGroup) -> None:
+        """Takes over another group's only row, which must not be used afterwards."""
+        if not self.owners:
+            self.__dict__.update(row.__dict__)
+            return
+        slot, length = len(self.owners), row.lengths[0]
+        slots = self._slots if slot < self._slots else 2 * self._slots
+        capacity = max(self._capacity, capacity_for(max(length, 1)))
+        if (slots, capacity) != (self._slots, self._capacity):
+            self._resize(slots, capacity)
+        for mine, theirs in ((self._keys, row._keys), (self._values, row._values)):
+            for layer, source in enumerate(theirs):
+                if source is None or not length:
+                    continue
+                target = self._buffer(mine, layer, source)
+                target[slot : slot + 1, :, :length] = source[:, :, :length]
+                mine[layer] = target
+        self.owners.append(row.owners[0])
+        self.lengths.append(length)
+
+    def remove(self, owner: int) -> None:
+        """Frees a row's slot; the last row moves into it, so that rows stay at the front."""
+        slot, last = self.owners.index(owner), len(self.owners) - 1
+        if slot != last:
+            length = self.lengths[last]
+            for buffer in self.arrays:
+                buffer[slot : slot + 1, :, :length] = buffer[last : last + 1, :, :length]
+            self.owners[slot], self.lengths[slot] = self.owners[last], self.lengths[last]
+        self.owners.pop()
+        self.lengths.pop()
+        if self.owners and 4 * len(self.owners) <= self._slots:
+            self._resize(self._slots // 2, self._capacity)
+
+    def take(self, owner: int) -> KVGroup:
+        """A row as a group of its own, removed from here."""
+        slot = self.owners.index(owner)
+        row = KVGroup.single(self.specs, owner)
+        row.lengths = [self.lengths[slot]]
+        row._capacity = min(self._capacity, capacity_for(max(row.lengths[0], 1)))
+        for mine, theirs in ((self._keys, row._keys), (self._values, row._values)):
+            for layer, buffer in enumerate(mine):
+                if buffer is not None:
+                    # A copy: a view would keep the whole buffer alive and make the next write copy it.
+                    theirs[layer] = mx.contiguous(buffer[slot : slot + 1, :, : row._capacity])
+        mx.eval(row.arrays)
+        self.remove(owner)
+        return row
+
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends [B, K, L, Dh]; what the rows hold now, [B, K, S, Dh], with padding after shorter rows."""
+        count, new = keys.shape[0], keys.shape[2]
+        held = max(self.lengths) + new
+        views = []
+        for buffers, fresh in ((self._keys, keys), (self._values, values)):
+            buffer = self._buffer(buffers, layer, fresh)
+            if count == 1:
+                start = self.lengths[0]
+                buffer[:1, :, start : start + new] = fresh
+            else:
+                slots = mx.arange(count)[:, None]
+                places = mx.array(self.lengths)[:, None] + mx.arange(new)[None]
+                buffer[slots, :, places] = fresh.transpose(0, 2, 1, 3)
+            buffers[layer] = buffer
+            views.append(buffer[:count, :, :held])
+        return views[0], views[1]
+
+    def _buffer(self, buffers: list[mx.array | None], layer: int, like: mx.array) -> mx.array:
+        buffer = buffers[layer]
+        if buffer is None:
+            spec = self.specs[layer]
+            buffer = mx.zeros((self._slots, spec.num_kv_heads, self._capacity, spec.head_dim), like.dtype)
+        return buffer
+
+    def _resize(self, slots: int, capacity: int) -> None:
+        rows, filled = len(self.owners), min(self._capacity, capacity)
+        for buffers in (self._keys, self._values):
+            for layer, old in enumerate(buffers):
+                if old is not None:
+                    grown = mx.zeros((slots, old.shape[1], capacity, old.shape[3]), old.dtype)
+                    grown[:rows, :, :filled] = old[:rows, :, :filled]
+                    buffers[layer] = grown
+        self._slots, self._capacity = slots, capacity
+
+
+class LayerCache:
+    """One layer's Cache in one forward pass."""
+
+    def __init__(self, forward: KVPass, layer: int) -> None:
+        self._forward = forward
+        self._layer = layer
+
+    @property
+    def offset(self) -> int | mx.array:
+        return self._forward.offset
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        mixed, first = [], 0
+        for group in self._forward.groups:
+            rows = slice(first, first + len(group.owners))
+            first = rows.stop
+            held_keys, held_values = group.write(self._layer, keys[rows], values[rows])
+            mixed.append(self._attend(group, queries[rows], held_keys, held_values, scale))
+        return mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
+
+    def _attend(
+        self, group: KVGroup, queries: mx.array, keys: mx.array, values: mx.array, scale: float
+    ) -> mx.array:
+        spec = group.specs[self._layer]
+        if len(group.owners) == 1 and queries.shape[2] == 1:
+            # One token of one row sees everything from its window's or chunk's first position on: no mask.
+            first = _first_visible(spec, group.lengths[0])
+            keys, values, mask = keys[:, :, first:], values[:, :, first:], None
+        else:
+            mask = self._forward.mask(group, spec)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+class KVPass:
+    """One forward pass of `new` tokens in every row of some groups. Lengths move only at commit()."""
+
+    def __init__(self, groups: Sequence[KVGroup], new: int) -> None:
+        self.groups = groups
+        self._new = new
+        for group in groups:
+            group.reserve(new)
+        lengths = [length for group in groups for length in group.lengths]
+        self.offset: int | mx.array = lengths[0] if len(lengths) == 1 else mx.array(lengths)
+        self.layers = [LayerCache(self, layer) for layer in range(len(groups[0].specs))]
+        self._masks: dict[tuple[int, int | None, int | None], mx.array | str] = {}
+
+    def mask(self, group: KVGroup, spec: KVSpec) -> mx.array | str:
+        """bool [B, 1, L, S], the same for all layers of a kind; "causal" where MLX's own will do."""
+        key = (id(group), spec.window, spec.chunk)
+        if key not in self._masks:
+            plain = len(group.owners) == 1 and spec.window is None and spec.chunk is None
+            self._masks[key] = "causal" if plain else visible(group.lengths, self._new, spec)
+        return self._masks[key]
+
+    def commit(self) -> None:
+        """The pass was built without an error: its tokens count."""
+        for group in self.groups:
+            group.lengths = [length + self._new for length in group.lengths]
+
+
+def visible(lengths: Sequence[int], new: int, spec: KVSpec) -> mx.array:
+    """bool [B, 1, L, S]: which held positions each new token of each row may look at."""
+    query = (mx.array(lengths)[:, None] + mx.arange(new)[None])[:, None, :, None]  # [B, 1, L, 1]
+    key = mx.arange(max(lengths) + new)[None, None, None]  # [1, 1, 1, S]
+    mask = key <= query
+    if spec.window is not None:
+        mask = mask & (key > query - spec.window)
+    if spec.chunk is not None:
+        mask = mask & (key // spec.chunk == query // spec.chunk)
+    return mask
+
+
+def _first_visible(spec: KVSpec, position: int) -> int:
+    first = 0
+    if spec.window is not None:
+        first = max(first, position - spec.window + 1)
+    if spec.chunk is not None:
+        first = max(first, position // spec.chunk * spec.chunk)
+    return first
+
+
+class KVBatch:
+    """All decoding rows in their groups. Batch order is group by group, slot by slot."""
+
+    def __init__(self) -> None:
+        self.groups: list[KVGroup] = []
+
+    @property
+    def owners(self) -> list[int]:
+        return [owner for group in self.groups for owner in group.owners]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(group.nbytes for group in self.groups)
+
+    def join(self, row: KVGroup) -> None:
+        """Adds a row; its own buffers are used as they are when no other row is of its class."""
+        row.kind = length_class(row.lengths[0])
+        for group in self.groups:
+            if group.kind == row.kind:
+                group.join(row)
+                return
+        self.groups.append(row)
+
+    def remove(self, owner: int) -> None:
+        """Drops a row's keys and values."""
+        for group in self.groups:
+            if owner in group.owners:
+                group.remove(owner)
+        self._drop_empty()
+
+    def forward(self) -> KVPass:
+        """A decode step of all rows; rows that outgrew their group change it first."""
+        self._regroup()
+        return KVPass(self.groups, 1)
+
+    def _regroup(self) -> None:
+        strays = []
+        for group in self.groups:
+            kinds = [length_class(length) for length in group.lengths]
+            if len(kinds) == 1 and not any(other.kind == kinds[0] for other in self.groups):
+                group.kind = kinds[0]  # a row on its own takes its buffers along
+                continue
+            for owner, kind in zip(list(group.owners), kinds, strict=True):
+                if kind != group.kind:
+                    strays.append(group.take(owner))
+        if strays:
+            self._drop_empty()
+            for row in strays:
+                self.join(row)
+
+    def _drop_empty(self) -> None:
+        self.groups = [group for group in self.groups if group.owners]

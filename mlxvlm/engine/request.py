@@ -1,0 +1,76 @@
+"""What goes into the engine and what comes out. Plain values: no MLX, no threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from mlxvlm.engine.params import SamplingParams
+from mlxvlm.messages import Message
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question. `template` holds extra variables for the chat template."""
+
+    messages: Sequence[Message]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of the model's probability of one token; `top` holds (token id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts, and seconds from the moment the request was submitted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    image_tokens: int
+    prepare_s: float  # template, tokenising, image decoding
+    prompt_s: float  # vision and prefill, up to the first token
+    completion_s: float  # from the first token to the last
+    time_to_first_token_s: float
+    total_s: float
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prompt_s if self.prompt_s > 0 else 0.0
+
+    @property
+    def completion_tokens_per_s(self) -> float:
+        """Decode speed: the first token belongs to the prompt's time."""
+        steps = self.completion_tokens - 1
+        return steps / self.completion_s if steps > 0 and self.completion_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer. The last one has a finish_reason and the usage, and may have text too."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. token_ids includes the stop token that ended it, text does not."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+    usage: Usage

@@ -1,0 +1,141 @@
+"""A request inside the engine: all of its state, from the prompt to the last token. Knows no other request.
+
+A request (what came in) becomes a sequence here and a row (index in a batch) while it decodes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from enum import Enum, auto
+
+import mlx.core as mx
+
+from mlxvlm.engine.detokenizer import Detokenizer
+from mlxvlm.engine.kv_cache import KVGroup
+from mlxvlm.engine.request import Delta, FinishReason, Request, TokenLogprob, Usage
+from mlxvlm.engine.sampler import RowSampler
+from mlxvlm.engine.stops import StopMatcher
+from mlxvlm.engine.stream import Stream
+from mlxvlm.errors import MlxvlmError
+from mlxvlm.models.base import Inputs
+from mlxvlm.processors.base import Processor, Prompt
+
+
+class Phase(Enum):
+    """Where a sequence is. It only moves forward."""
+
+    PREPARING = auto()  # in the pool: images, template, token ids
+    VISION = auto()
+    PREFILL = auto()
+    DECODE = auto()
+    DONE = auto()
+
+
+class Sequence:
+    """One answer in the making. Touched by the engine thread only, but for the stream's own lock."""
+
+    _ids = itertools.count()
+
+    def __init__(self, request: Request, stream: Stream) -> None:
+        self.id = next(self._ids)
+        self.request = request
+        self.stream = stream
+        self.phase = Phase.PREPARING
+        self.submitted = time.perf_counter()
+        self.prepared = self.started = self.first_token = 0.0
+        self.prompt = Prompt(())
+        self.image_tokens = 0
+        self.token_ids: list[int] = []  # generated and delivered
+
+    def begin(self, prompt: Prompt, processor: Processor, max_tokens: int, eos: frozenset[int]) -> None:
+        """The prompt is ready: everything that generating needs is set up."""
+        sampling = self.request.sampling
+        self.prompt = prompt
+        self.image_tokens = prompt.token_ids.count(processor.image_token_id) if prompt.images else 0
+        self.features: list[mx.array] = []
+        self.inputs: Inputs | None = None
+        self.kv: KVGroup | None = None  # its own until it joins the batch
+        self.prefilled = 0
+        self.launched = 0  # sampled on the device, read or not
+        self.max_tokens = max_tokens
+        self.stop_ids = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else eos)
+        self.sampler = RowSampler(sampling, prompt.token_ids)
+        self._detokenizer = Detokenizer(processor.tokenizer.decode)
+        self._stops = StopMatcher(sampling.stop)
+        self.prepared = time.perf_counter()
+        self.phase = Phase.VISION if prompt.images else Phase.PREFILL
+
+    def start_clock(self) -> None:
+        """The engine turns to this sequence for the first time."""
+        self.started = time.perf_counter()
+
+    @property
+    def done(self) -> bool:
+        return self.phase is Phase.DONE
+
+    @property
+    def prefill_length(self) -> int:
+        """All but the last prompt token, which is the first that decode reads."""
+        return len(self.prompt.token_ids) - 1
+
+    def accept(self, token_id: int, logprob: TokenLogprob | None) -> None:
+        """Takes one sampled token: passes its text on, or ends the answer."""
+        if not self.token_ids:
+            self.first_token = time.perf_counter()
+        self.token_ids.append(token_id)
+        logprobs = () if logprob is None else (logprob,)
+        if token_id in self.stop_ids:
+            self._end("stop", self._flush(), (token_id,), logprobs)
+            return
+        text = self._stops.feed(self._detokenizer.feed(token_id))
+        if self._stops.stopped:
+            self._end("stop", text, (token_id,), logprobs)
+        elif len(self.token_ids) >= self.max_tokens:
+            self._end("length", text + self._flush(), (token_id,), logprobs)
+        else:
+            self.stream.put(Delta(text, (token_id,), logprobs))
+
+    def cancel(self) -> None:
+        """Ends the answer with what there is."""
+        if not self.done:
+            self._end("cancelled", self._flush() if self.token_ids else "", (), ())
+
+    def fail(self, error: MlxvlmError) -> None:
+        """Ends the request with an error of its own."""
+        if not self.done:
+            self.phase = Phase.DONE
+            self._release()
+            self.stream.put(error)
+
+    def _flush(self) -> str:
+        text = self._stops.feed(self._detokenizer.flush())
+        return text if self._stops.stopped else text + self._stops.flush()
+
+    def _end(
+        self, reason: FinishReason, text: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+    ) -> None:
+        self.phase = Phase.DONE
+        usage = self._usage()
+        self._release()
+        self.stream.put(Delta(text, token_ids, logprobs, reason, usage))
+
+    def _release(self) -> None:
+        """Arrays go now, not when the last reader lets go of the stream."""
+        self.features, self.inputs, self.kv = [], None, None
+
+    def _usage(self) -> Usage:
+        now = time.perf_counter()
+        prepared = self.prepared or now
+        started = self.started or prepared
+        first = self.first_token or now
+        return Usage(
+            prompt_tokens=len(self.prompt.token_ids),
+            completion_tokens=len(self.token_ids),
+            image_tokens=self.image_tokens,
+            prepare_s=prepared - self.submitted,
+            prompt_s=first - started,
+            completion_s=now - first,
+            time_to_first_token_s=first - self.submitted,
+            total_s=now - self.submitted,
+        )

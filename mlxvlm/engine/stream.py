@@ -1,0 +1,91 @@
+"""The way out of the engine thread. Knows threads and event loops, not tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from mlxvlm.engine.request import Completion, Delta
+from mlxvlm.errors import InternalError
+
+
+class Stream:
+    """The Deltas of one answer: iterate in a thread or async-iterate in a coroutine, once; cancel() at any time.
+
+    An error of the request is raised where the next Delta would have come.
+    """
+
+    def __init__(self, on_cancel: Callable[[], None]) -> None:
+        self._on_cancel = on_cancel
+        self._items: deque[Delta | BaseException] = deque()
+        self._ready = threading.Condition()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._ended = False
+
+    def cancel(self) -> None:
+        """Ends the answer at the next step; what was produced still comes, with finish_reason "cancelled"."""
+        self._on_cancel()
+
+    def put(self, item: Delta | BaseException) -> None:
+        """Called by the engine; never blocks."""
+        with self._ready:
+            self._items.append(item)
+            self._ready.notify_all()
+            waiter = self._waiter
+        if waiter is not None:
+            loop, event = waiter
+            # A closed loop means that nobody listens any more.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(event.set)
+
+    def __iter__(self) -> Iterator[Delta]:
+        while not self._ended:
+            with self._ready:
+                while not self._items:
+                    self._ready.wait()
+            yield self._take()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        event = asyncio.Event()
+        with self._ready:
+            self._waiter = (asyncio.get_running_loop(), event)
+        try:
+            while not self._ended:
+                while not self._items:
+                    await event.wait()
+                    event.clear()
+                yield self._take()
+        finally:
+            with self._ready:
+                self._waiter = None
+            if not self._ended:
+                self.cancel()
+
+    def _take(self) -> Delta:
+        with self._ready:
+            item = self._items.popleft()
+        if isinstance(item, BaseException):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+    def result(self) -> Completion:
+        """Waits for the whole answer."""
+        return collect(list(self))
+
+
+def collect(deltas: list[Delta]) -> Completion:
+    """A Completion from all Deltas of a stream."""
+    last = deltas[-1] if deltas else None
+    if last is None or last.finish_reason is None or last.usage is None:
+        raise InternalError("the stream ended without a finish reason")
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+    )

@@ -1,0 +1,79 @@
+"""Every error a user can meet. Each class knows its HTTP status and exit code; nothing here knows why it is raised.
+
+Exit codes: 0 done, 2 usage, 3 input, 4 model, 5 internal, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MlxvlmError(Exception):
+    """Base class. The message is one line that says what is wrong and, where there is one, the remedy."""
+
+    http_status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 5
+
+
+class UsageError(MlxvlmError):
+    """A flag or a parameter has no meaning or is out of range."""
+
+    http_status = 400
+    exit_code = 2
+
+
+class InputError(MlxvlmError):
+    """What the user sent (messages, images, sizes) can't be answered."""
+
+    http_status = 400
+    exit_code = 3
+
+
+class ImageError(InputError):
+    """A picture can't be fetched, read or decoded."""
+
+
+class TemplateError(InputError):
+    """The chat template refuses these messages."""
+
+
+class ContextLengthError(InputError):
+    """The prompt does not fit into the model's context."""
+
+
+class ModelError(MlxvlmError):
+    """The model can't be loaded."""
+
+    exit_code = 4
+
+
+class ModelNotFoundError(ModelError):
+    """No such folder or repository, or no access to it."""
+
+    http_status = 404
+
+
+class UnsupportedModelError(ModelError):
+    """The checkpoint is of a kind that this runtime does not run."""
+
+    http_status = 400
+
+
+class WeightsError(ModelError):
+    """A weight file is damaged, or its tensors are not the model's."""
+
+
+class InternalError(MlxvlmError):
+    """A defect of ours, or a device that failed."""
+
+
+class EngineClosedError(MlxvlmError):
+    """The engine was closed before the request was done."""
+
+    http_status = 503
+
+
+class CapacityError(MlxvlmError):
+    """More requests than the engine takes; try again later."""
+
+    http_status = 429

@@ -1,0 +1,37 @@
+"""The families: model_type in config.json -> (module in processors/, module in models/). Nothing else names a family."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from mlxvlm.errors import UnsupportedModelError
+
+
+class Family(NamedTuple):
+    """Where a model type is implemented: `mlxvlm.processors.<processor>` and `mlxvlm.models.<model>`."""
+
+    processor: str
+    model: str
+
+    def processor_module(self) -> ModuleType:
+        return import_module(f"mlxvlm.processors.{self.processor}")
+
+    def model_module(self) -> ModuleType:
+        return import_module(f"mlxvlm.models.{self.model}")
+
+
+FAMILIES: dict[str, Family] = {
+    "idefics3": Family("idefics3", "idefics3"),
+    "smolvlm": Family("idefics3", "idefics3"),
+}
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family of a parsed config.json; UnsupportedModelError lists what is supported."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        supported = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModelError(f"model_type {model_type!r} is not supported; supported: {supported}")
+    return FAMILIES[model_type]

@@ -1,0 +1,114 @@
+"""What the engine may ask of a model, and a model of the engine. Knows no family and no scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlxvlm.processors.base import PreparedImage, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What one self-attention layer keeps for each position, and which positions it may look back to.
+
+    window: only the last `window` positions are visible (Mistral). chunk: only positions of the same chunk (Llama 4).
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    chunk: int | None = None
+
+    def bytes_per_token(self, dtype: mx.Dtype) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * int(dtype.size)
+
+
+class Cache(Protocol):
+    """One layer's keys and values of all rows in a forward pass. How they are laid out is the engine's secret."""
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Positions each row held before this pass: an int for one row, else int32 [B]."""
+        ...
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Appends keys and values [B, K, L, Dh], then causal attention of queries [B, H, L, Dh] over all held."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the decoder reads. Sliceable along the sequence: chunked prefill is model(inputs[a:b], cache)."""
+
+    embeds: mx.array  # [B, L, D]
+    positions: mx.array | None = None  # [3, B, L] for M-RoPE; None: count from cache.offset
+    vision: Any | None = None  # cross-attention families: vision states, built once a request
+
+    def __getitem__(self, chunk: slice) -> Inputs:
+        positions = None if self.positions is None else self.positions[..., chunk]
+        return Inputs(self.embeds[:, chunk], positions, self.vision)
+
+
+@dataclass(frozen=True, slots=True)
+class RowState:
+    """What a decode step needs of its rows beside their KV; each family fills what it uses."""
+
+    position_delta: mx.array | None = None  # int32 [B], M-RoPE
+    vision: Any | None = None
+
+
+class VisionLanguageModel(Protocol):
+    """A family's model. Holds weights only: everything of a request lives on its Sequence."""
+
+    kv_specs: Sequence[KVSpec]
+    vocab_size: int
+
+    def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
+        """Features [N, D] of each image, N its number of placeholders."""
+        ...
+
+    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+        """Inputs of a whole prompt, B = 1, with features in the places of the placeholders."""
+        ...
+
+    def embed_tokens(self, token_ids: mx.array, rows: RowState) -> Inputs:
+        """Inputs of a decode step from token ids [B, 1]."""
+        ...
+
+    def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
+        """Hidden states [B, L, D] after the last norm."""
+        ...
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[..., D] -> [..., V]."""
+        ...
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Any known checkpoint layout -> this model's names and shapes. A second call changes nothing."""
+        ...
+
+
+def merge_features(
+    embeds: mx.array, prompt: Prompt, image_token_id: int, features: Sequence[mx.array]
+) -> mx.array:
+    """Writes each image's features [N, D] over its placeholders in embeds [1, L, D].
+
+    Counts are checked: MLX reads and writes out of bounds without an error.
+    """
+    if not prompt.images:
+        return embeds
+    ids = np.array(prompt.token_ids)
+    places = []
+    for image, rows in zip(prompt.images, features, strict=True):
+        start, end = image.span
+        places.append(start + np.flatnonzero(ids[start:end] == image_token_id))
+        if len(places[-1]) != rows.shape[0]:
+            raise ValueError(f"{rows.shape[0]} image features for {len(places[-1])} placeholders")
+    rows = mx.concatenate(list(features)).astype(embeds.dtype)
+    embeds[:, mx.array(np.concatenate(places).astype(np.int32))] = rows[None]
+    return embeds

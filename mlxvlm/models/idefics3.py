@@ -1,0 +1,255 @@
+"""Idefics3 and SmolVLM: a SigLIP tower, pixel shuffle, one linear connector and a Llama decoder.
+
+Sources: Laurençon et al. 2024 (arXiv 2408.12637); Marafioti et al. 2025 (arXiv 2504.05299); transformers
+`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration` (the same arithmetic).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, merge_features
+from mlxvlm.models.decoder import Decoder, DecoderConfig
+from mlxvlm.models.vit import EncoderLayer, to_channels_last
+from mlxvlm.processors.base import PreparedImage, Prompt
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """vision_config with transformers' Idefics3VisionConfig defaults."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> VisionConfig:
+        return cls(**{name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None})
+
+    @property
+    def grid(self) -> int:
+        """Patches a side; pixels beyond the last whole patch are not seen."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class Config:
+    """config.json."""
+
+    text: DecoderConfig
+    vision: VisionConfig
+    image_token_id: int
+    scale_factor: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Config:
+        text = config.get("text_config")
+        return cls(
+            # The reference's own default text config has another eps than a partial one.
+            text=DecoderConfig.from_dict(text or {"rms_norm_eps": 1e-5}),
+            vision=VisionConfig.from_dict(config.get("vision_config") or {}),
+            image_token_id=config.get("image_token_id", 128257),
+            scale_factor=config.get("scale_factor", 2),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+        )
+
+
+def position_buckets(count: int, grid: int) -> NDArray[np.int32]:
+    """[count]: which of `grid` learned positions each of `count` patches on one axis takes.
+
+    The reference buckets i / count in float32, and for some grids (19, 25, 29 ...) its rounding moves a patch to the
+    neighbouring position; trained weights saw that, so the same operations run here in the same precision.
+    Source: `Idefics3VisionEmbeddings.forward`.
+    """
+    # torch.arange computes in float64 and rounds once.
+    step = 1 / grid
+    boundaries = (step + np.arange(np.ceil((1.0 - step) / step)) * step).astype(np.float32)
+    coordinates = np.arange(count, dtype=np.float32) * (np.float32(1.0) / np.float32(count))
+    coordinates = np.minimum(coordinates, np.float32(1.0 - 1e-6))
+    return np.searchsorted(boundaries, coordinates, side="right").astype(np.int32)
+
+
+class VisionEmbeddings(nn.Module):
+    """Patch convolution plus a learned position for each cell of the grid."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(config.grid**2, config.hidden_size)
+        self._grid = config.grid
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        patches = self.patch_embedding(pixels)  # [F, h, w, D]
+        _, height, width, dims = patches.shape
+        rows, columns = (position_buckets(count, self._grid) for count in (height, width))
+        positions = mx.array(rows[:, None] * self._grid + columns[None, :]).flatten()
+        return patches.reshape(-1, height * width, dims) + self.position_embedding(positions)
+
+
+class Encoder(nn.Module):
+    """The stack of layers, named as in the checkpoint."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = [
+            EncoderLayer(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.hidden_act,
+                config.layer_norm_eps,
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+
+
+class VisionModel(nn.Module):
+    """SigLIP without its pooling head."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        x = self.embeddings(pixels)  # [F, H, W, C] -> [F, P, D]
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+class ModalityProjection(nn.Module):
+    """One linear layer, named as in the checkpoint."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dims = config.vision.hidden_size * config.scale_factor**2
+        self.proj = nn.Linear(dims, config.text.hidden_size, bias=False)
+
+
+class Connector(nn.Module):
+    """Pixel shuffle, then projection to the text width."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.modality_projection = ModalityProjection(config)
+        self._scale = config.scale_factor
+
+    def __call__(self, x: mx.array) -> mx.array:
+        frames, patches, dims = x.shape
+        side = int(patches**0.5)
+        scale, small = self._scale, side // self._scale
+        blocks = x.reshape(frames, small, scale, small, scale, dims).transpose(0, 1, 3, 2, 4, 5)
+        shuffled = blocks.reshape(frames, small * small, scale * scale * dims)  # [F, N, s * s * D]
+        return self.modality_projection.proj(shuffled)
+
+
+class Backbone(nn.Module):
+    """The three parts under the checkpoint's `model.` prefix."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.vision_model = VisionModel(config.vision)
+        self.connector = Connector(config)
+        self.text_model = Decoder(config.text)
+
+
+class Model(nn.Module):
+    """A VisionLanguageModel."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.model = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self._config = config
+
+    @property
+    def kv_specs(self) -> list[KVSpec]:
+        return self._config.text.kv_specs
+
+    @property
+    def vocab_size(self) -> int:
+        return self._config.text.vocab_size
+
+    def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
+        """[frames, 3, side, side] pixels of each image -> [frames * tokens a frame, D]."""
+        counts = [len(image.pixels) for image in images]
+        frames = mx.array(np.concatenate([image.pixels for image in images]).transpose(0, 2, 3, 1))
+        tower = self.model.vision_model
+        features = self.model.connector(tower(frames.astype(tower.post_layernorm.weight.dtype)))
+        pieces = mx.split(features, np.cumsum(counts)[:-1].tolist())
+        return [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
+
+    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+        embeds = self.model.text_model.embed_tokens(mx.array(prompt.token_ids)[None])
+        return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
+
+    def embed_tokens(self, token_ids: mx.array, rows: RowState) -> Inputs:
+        return Inputs(self.model.text_model.embed_tokens(token_ids))
+
+    def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
+        hidden: mx.array = self.model.text_model(inputs.embeds, cache)
+        return hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        if self._config.tie_word_embeddings:
+            tied: mx.array = self.model.text_model.embed_tokens.as_linear(hidden)
+            return tied
+        head: mx.array = self.lm_head(hidden)
+        return head
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Hub and transformers 5 names are ours; MLX-community ones lack the `model.` prefix."""
+        renamed = {_our_name(name): array for name, array in weights.items()}
+        if self._config.tie_word_embeddings:
+            # Tied checkpoints may store the same matrix twice.
+            renamed = {name: array for name, array in renamed.items() if not name.startswith("lm_head.")}
+        conv = "model.vision_model.embeddings.patch_embedding.weight"
+        if conv in renamed:
+            renamed[conv] = to_channels_last(renamed[conv], self._config.vision.num_channels)
+        return {name: array for name, array in renamed.items() if not _is_buffer(name)}
+
+
+_RENAMES = (
+    # mlx-vlm puts the head inside the language model and drops the decoder's own `model.`.
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.(?:model\.)?"), "model.text_model."),
+    (re.compile(r"^(vision_model|connector)\."), r"model.\1."),
+)
+
+
+def _our_name(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name, count = pattern.subn(replacement, name)
+        if count:
+            return name
+    return name
+
+
+def _is_buffer(name: str) -> bool:
+    """Values that old releases stored and every release recomputes."""
+    return name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))
+
+
+def build(config: Mapping[str, Any]) -> Model:
+    """The entry that families.py points to."""
+    return Model(Config.from_dict(config))

@@ -1,0 +1,85 @@
+"""Rotary position embedding and its scalings. Knows config keys, no family.
+
+Sources: Su et al. 2021 (arXiv 2104.09864); transformers `modeling_rope_utils.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxvlm.errors import UnsupportedModelError
+
+DEFAULT_THETA = 10000.0
+
+
+def rope_parameters(config: Mapping[str, Any], default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
+    """One dict with rope_type and rope_theta from any age of config.
+
+    Old configs have rope_theta beside rope_scaling, transformers 5 has rope_parameters; rope_scaling wins where both are.
+    """
+    merged = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    merged["rope_type"] = merged.get("rope_type") or merged.get("type") or "default"
+    if merged.get("rope_theta") is None:
+        fallback = (config.get("rope_parameters") or {}).get("rope_theta")
+        merged["rope_theta"] = config.get("rope_theta") or fallback or default_theta
+    merged.setdefault("max_position_embeddings", config.get("max_position_embeddings"))
+    return merged
+
+
+def _default_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.float32]:
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    return (1.0 / np.power(np.float32(parameters["rope_theta"]), exponents)).astype(np.float32)
+
+
+def _linear_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.float32]:
+    return _default_frequencies(dims, parameters) / np.float32(parameters["factor"])
+
+
+def _llama3_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Long waves are slowed by `factor`, short ones kept, those between blended. Source: `_compute_llama3_parameters`."""
+    inverse = _default_frequencies(dims, parameters)
+    factor = parameters["factor"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    original = parameters.get("original_max_position_embeddings") or parameters["max_position_embeddings"]
+    wavelengths = 2 * math.pi / inverse
+    # With low == high nothing lies between; the guard keeps the unused quotient finite.
+    smooth = (original / wavelengths - low) / (high - low if high != low else 1.0)
+    blended = (1 - smooth) * inverse / factor + smooth * inverse
+    scaled = np.where(wavelengths > original / low, inverse / factor, inverse)
+    between = (wavelengths <= original / low) & (wavelengths >= original / high)
+    return np.where(between, blended, scaled).astype(np.float32)
+
+
+_FREQUENCIES: dict[str, Callable[[int, Mapping[str, Any]], NDArray[np.float32]]] = {
+    "default": _default_frequencies,
+    "linear": _linear_frequencies,
+    "llama3": _llama3_frequencies,
+}
+
+
+def inverse_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.float32]:
+    """float32 [dims / 2]: angle of pair j at position p is p * result[j]."""
+    kind = parameters["rope_type"]
+    if kind not in _FREQUENCIES:
+        raise UnsupportedModelError(f"rope_type {kind!r} is not supported; supported: {', '.join(_FREQUENCIES)}")
+    return _FREQUENCIES[kind](dims, parameters)
+
+
+class RoPE:
+    """Rotates [B, H, L, Dh] by positions counted from an offset; element j pairs with j + dims / 2."""
+
+    def __init__(self, dims: int, parameters: Mapping[str, Any]) -> None:
+        self.dims = dims
+        # mx.fast.rope takes wavelengths / 2 pi, the reciprocals of the inverse frequencies.
+        self._periods = mx.array(1.0 / inverse_frequencies(dims, parameters))
+
+    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        return mx.fast.rope(
+            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )

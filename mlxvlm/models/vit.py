@@ -1,0 +1,67 @@
+"""The plain vision transformer that SigLIP and CLIP share. Knows patches and layers, not where its output goes.
+
+Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929); Zhai et al. 2023 (SigLIP, arXiv 2303.15343); transformers
+`SiglipEncoderLayer`, `CLIPEncoderLayer`.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxvlm.models.layers import activation, join_heads, split_heads
+
+
+class VisionAttention(nn.Module):
+    """Attention over all patches of one frame, with biases."""
+
+    def __init__(self, dims: int, num_heads: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(dims, dims)
+        self.k_proj = nn.Linear(dims, dims)
+        self.v_proj = nn.Linear(dims, dims)
+        self.out_proj = nn.Linear(dims, dims)
+        self._heads = num_heads
+        self._scale = (dims // num_heads) ** -0.5
+
+    def __call__(self, x: mx.array) -> mx.array:
+        queries, keys, values = (
+            split_heads(projection(x), self._heads) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._scale)
+        return self.out_proj(join_heads(mixed))
+
+
+class VisionMLP(nn.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, dims: int, hidden_dims: int, act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dims, hidden_dims)
+        self.fc2 = nn.Linear(hidden_dims, dims)
+        self._act = activation(act)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self._act(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dims: int, hidden_dims: int, num_heads: int, act: str, eps: float) -> None:
+        super().__init__()
+        self.self_attn = VisionAttention(dims, num_heads)
+        self.layer_norm1 = nn.LayerNorm(dims, eps=eps)
+        self.mlp = VisionMLP(dims, hidden_dims, act)
+        self.layer_norm2 = nn.LayerNorm(dims, eps=eps)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+def to_channels_last(weight: mx.array, channels: int) -> mx.array:
+    """A patch convolution [O, C, kH, kW] as MLX wants it, [O, kH, kW, C]; one that already is stays."""
+    if weight.ndim == 4 and weight.shape[1] == channels and weight.shape[-1] != channels:
+        return weight.transpose(0, 2, 3, 1)
+    return weight

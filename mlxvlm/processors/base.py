@@ -1,0 +1,112 @@
+"""The wall between what a user sends and what a model reads. Knows no family, no MLX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxvlm.errors import InputError
+from mlxvlm.messages import ImagePart, Message, Part, TextPart
+from mlxvlm.processors.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """One picture, ready for a vision tower.
+
+    pixels: float32; each family's file states the shape.
+    layout: the family's own grid, e.g. (rows, columns) of tiles.
+    span: [start, end) of its placeholders in Prompt.token_ids.
+    digest: sha256 over the decoded pixels and every processor setting that shapes them.
+    """
+
+    pixels: NDArray[np.float32] = field(repr=False)
+    layout: tuple[int, ...]
+    span: tuple[int, int]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids with every placeholder expanded, so len(token_ids) is the number of KV positions."""
+
+    token_ids: tuple[int, ...]
+    images: tuple[PreparedImage, ...] = ()
+
+
+class Processor(Protocol):
+    """Messages to Prompt. Called from several threads at once: keeps no state of a request."""
+
+    tokenizer: Tokenizer
+    image_token_id: int
+
+    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt: ...
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises InputError for an empty conversation or a turn that says nothing."""
+    if not messages:
+        raise InputError("there are no messages to answer")
+    for index, message in enumerate(messages):
+        if message.images or message.text.strip() or message.tool_calls:
+            continue
+        # A model may answer with nothing, and a tool may return nothing: history must stay usable.
+        if message.role not in ("assistant", "tool"):
+            raise InputError(f"message {index + 1} ({message.role}) is empty: give it text or an image")
+
+
+def place_images(message: Message, marker: str) -> tuple[Part, ...]:
+    """The parts of a turn with hand-typed image markers taken as the places of its pictures.
+
+    Where the text holds exactly as many markers as the turn has pictures, the markers win and the pictures' own
+    places are given up; else the parts stay as they are.
+    """
+    if not message.images or message.text.count(marker) != len(message.images):
+        return message.parts
+    images = iter(message.images)
+    placed: list[Part] = []
+    for part in message.parts:
+        if isinstance(part, ImagePart):
+            continue
+        for index, piece in enumerate(part.text.split(marker)):
+            if index:
+                placed.append(next(images))
+            if piece:
+                placed.append(TextPart(piece))
+    return tuple(placed)
+
+
+def expand_placeholders(rendered: str, marker: str, expansions: Sequence[str]) -> str:
+    """Replaces the i-th marker by the i-th expansion, in one pass: expansions may hold the marker again.
+
+    Raises InputError when the counts differ.
+    """
+    found = rendered.count(marker)
+    if found != len(expansions):
+        raise InputError(
+            f"the prompt has {found} image marker(s) {marker!r} for {len(expansions)} image(s); "
+            "remove the marker from the text, or send one image for each"
+        )
+    pieces = iter(expansions)
+    return re.sub(re.escape(marker), lambda _: next(pieces), rendered)
+
+
+def placeholder_spans(token_ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) of each image when the i-th image owns the next counts[i] placeholders.
+
+    Raises InputError when the prompt holds another number of them.
+    """
+    positions = [index for index, token in enumerate(token_ids) if token == image_token_id]
+    if len(positions) != sum(counts):
+        raise InputError(f"the prompt has {len(positions)} image tokens where its images fill {sum(counts)}")
+    spans = []
+    first = 0
+    for count in counts:
+        spans.append((positions[first], positions[first + count - 1] + 1))
+        first += count
+    return spans

@@ -1,0 +1,89 @@
+"""Renders a checkpoint's Jinja chat template. Knows no family: each processor passes messages in the shape it needs.
+
+Source: transformers `utils/chat_template_utils.py` (environment, filters, globals).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mlxvlm.errors import ModelError, TemplateError
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's text for training; here it only passes its content through."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class TemplateDict:
+    """`dict(...)` inside templates, without the attributes of the real type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, **options: Any) -> str:
+    # Jinja's own filter escapes HTML characters, which no model was trained on.
+    options.setdefault("ensure_ascii", False)
+    return json.dumps(value, **options)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(
+        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=TemplateDict()
+    )
+    return environment
+
+
+class ChatTemplate:
+    """A compiled template with the special tokens it may name (bos_token ...)."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise ModelError(f"the chat template has a syntax error: {_reason(error)}") from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt text, ending where the assistant's turn begins. Raises TemplateError with the template's words."""
+        context = {"add_generation_prompt": True, **self.special_tokens, **(variables or {})}
+        try:
+            return self._template.render(messages=messages, **context)
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the chat template refuses these messages: {_reason(error)}") from error
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
+            kind = type(error).__name__
+            raise TemplateError(f"the chat template fails on these messages: {kind}: {error}") from error
+
+
+def _reason(error: jinja2.TemplateError) -> str:
+    line = getattr(error, "lineno", None)
+    return f"{error.message or type(error).__name__}" + (f" (line {line})" if line else "")

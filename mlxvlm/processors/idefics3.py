@@ -1,0 +1,203 @@
+"""Idefics3 and SmolVLM: messages -> Prompt. Pictures are scaled up, cut into square tiles and followed by a global view.
+
+Source: transformers `Idefics3ImageProcessorPil`, `Idefics3Processor` and their SmolVLM twins. PreparedImage.pixels is
+[frames, 3, side, side] (tiles row by row, the global view last), layout is (rows, columns), (0, 0) when not split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mlxvlm.errors import ModelError
+from mlxvlm.messages import ImagePart, Message, Part
+from mlxvlm.processors.base import (
+    PreparedImage,
+    Prompt,
+    check_messages,
+    expand_placeholders,
+    place_images,
+    placeholder_spans,
+)
+from mlxvlm.processors.files import ProcessorFiles
+from mlxvlm.processors.images import load_image
+from mlxvlm.processors.transforms import RESCALE_FACTOR, Normalizer, floats, resize, split_tiles
+
+MAX_SIDE = 4096  # pixels; the reference's absolute maximum
+IMAGE = "<image>"
+FAKE = "<fake_token_around_image>"
+GLOBAL = "<global-img>"
+END_OF_UTTERANCE = "<end_of_utterance>"
+
+# transformers' own for SmolVLM2 checkpoints, whose repositories may carry an older, unusable one or none.
+DEFAULT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """preprocessor_config.json with the reference's defaults; sides in pixels."""
+
+    longest_edge: int | None = 4 * 364
+    fixed_size: tuple[int, int] | None = None  # (height, width), where `size` names both instead
+    tile: int = 364
+    do_resize: bool = True
+    do_split: bool = True
+    resample: int = Image.Resampling.LANCZOS
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ImageSettings:
+        size = config.get("size") or {"longest_edge": cls.longest_edge}
+        fixed = (int(size["height"]), int(size["width"])) if "height" in size and "width" in size else None
+        longest = size.get("longest_edge")
+        if longest is None and fixed is None:
+            raise ModelError(f"the image processor's size {size} names neither longest_edge nor height and width")
+        return cls(
+            longest_edge=longest,
+            fixed_size=fixed,
+            tile=int((config.get("max_image_size") or {}).get("longest_edge", cls.tile)),
+            do_resize=config.get("do_resize", True),
+            do_split=config.get("do_image_splitting", True),
+            resample=config.get("resample", cls.resample),
+        )
+
+
+def scaled_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
+    """(height, width) with the long edge at `longest_edge`, up or down, capped at MAX_SIDE.
+
+    Source: `get_resize_output_image_size`, its two truncations and its rounding up to even included.
+    """
+    aspect = width / height
+    if width >= height:
+        width, height = longest_edge, int(longest_edge / aspect)
+        height += height % 2
+    else:
+        width, height = int(longest_edge * aspect), longest_edge
+        width += width % 2
+    height, width = max(height, 1), max(width, 1)
+    aspect = width / height
+    if width >= height and width > MAX_SIDE:
+        width, height = MAX_SIDE, int(MAX_SIDE / aspect)
+    elif height > width and height > MAX_SIDE:
+        width, height = int(MAX_SIDE * aspect), MAX_SIDE
+    return max(height, 1), max(width, 1)
+
+
+def tiled_size(height: int, width: int, tile: int) -> tuple[int, int]:
+    """(height, width) enlarged to multiples of `tile`. Source: `resize_for_vision_encoder`."""
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        height = math.ceil(int(width / aspect) / tile) * tile
+    else:
+        height = math.ceil(height / tile) * tile
+        width = math.ceil(int(height * aspect) / tile) * tile
+    return height, width
+
+
+class Idefics3Processor:
+    """Messages to Prompt for both model types. Thread-safe: holds settings only."""
+
+    def __init__(self, files: ProcessorFiles) -> None:
+        config = files.image_processor
+        self.tokenizer = files.tokenizer
+        self.template = files.template(DEFAULT_TEMPLATE)
+        self.settings = ImageSettings.from_config(config)
+        self.normalize = Normalizer(
+            mean=floats(config.get("image_mean", 0.5)),
+            std=floats(config.get("image_std", 0.5)),
+            rescale_factor=config.get("rescale_factor", RESCALE_FACTOR),
+            do_rescale=config.get("do_rescale", True),
+            do_normalize=config.get("do_normalize", True),
+        )
+        for token in (FAKE, IMAGE, END_OF_UTTERANCE):
+            if self.tokenizer.token_id(token) is None:
+                self.tokenizer.add_special(token)
+        image_token_id = self.tokenizer.token_id(IMAGE)
+        assert image_token_id is not None
+        self.image_token_id = image_token_id
+        self.tokens_per_frame = _tokens_per_frame(files)
+        self._settings_key = repr((self.settings, self.normalize.key)).encode()
+
+    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
+        """Raises InputError, ImageError or TemplateError."""
+        check_messages(messages)
+        turns = [(message, place_images(message, IMAGE)) for message in messages]
+        rendered = self.template.render([_turn(message, parts) for message, parts in turns], template)
+        sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
+        images = [self.prepare_image(load_image(source)) for source in sources]
+        expansions = [self._expansion(*layout) for _, layout, _ in images]
+        token_ids = self.tokenizer.encode_prompt(expand_placeholders(rendered, IMAGE, expansions))
+        counts = [len(pixels) * self.tokens_per_frame for pixels, _, _ in images]
+        spans = placeholder_spans(token_ids, self.image_token_id, counts)
+        prepared = [PreparedImage(*image[:2], span, image[2]) for image, span in zip(images, spans, strict=True)]
+        return Prompt(tuple(token_ids), tuple(prepared))
+
+    def prepare_image(self, image: Image.Image) -> tuple[NDArray[np.float32], tuple[int, int], bytes]:
+        """RGB -> pixels [frames, 3, side, side], (rows, columns), digest."""
+        settings = self.settings
+        digest = hashlib.sha256(self._settings_key + repr(image.size).encode() + image.tobytes()).digest()
+        if settings.do_resize:
+            size = settings.fixed_size
+            if settings.longest_edge is not None:
+                size = scaled_size(image.height, image.width, settings.longest_edge)
+            assert size is not None
+            image = resize(image, *size, settings.resample)
+        side = settings.tile
+        if not settings.do_split:
+            return self.normalize(resize(image, side, side, settings.resample))[None], (0, 0), digest
+        image = resize(image, *tiled_size(image.height, image.width, side), settings.resample)
+        rows, columns = image.height // side, image.width // side
+        if rows * columns == 1:
+            return self.normalize(image)[None], (0, 0), digest
+        tiles = split_tiles(self.normalize(image), rows, columns)
+        overview = self.normalize(resize(image, side, side, settings.resample))
+        return np.concatenate([tiles, overview[None]]), (rows, columns), digest
+
+    def _expansion(self, rows: int, columns: int) -> str:
+        """The text that stands for one image. Source: `replace_image_token`."""
+        frame = IMAGE * self.tokens_per_frame
+        overview = f"{FAKE}{GLOBAL}{frame}{FAKE}"
+        if not rows:
+            return overview
+        lines = [
+            "".join(f"{FAKE}<row_{row + 1}_col_{column + 1}>{frame}" for column in range(columns)) + "\n"
+            for row in range(rows)
+        ]
+        return "".join(lines) + "\n" + overview
+
+
+def _turn(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
+    """Content always as parts: these templates drop plain strings silently."""
+    content = [
+        {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in parts
+    ]
+    return {"role": message.role, "content": content or [{"type": "text", "text": ""}]}
+
+
+def _tokens_per_frame(files: ProcessorFiles) -> int:
+    """processor_config's image_seq_len, checked against the tower: (image // patch)^2 / scale^2."""
+    vision = files.config.get("vision_config") or {}
+    grid = int(vision.get("image_size", 224)) // int(vision.get("patch_size", 32))
+    expected = grid**2 // int(files.config.get("scale_factor", 2)) ** 2
+    declared = files.processor.get("image_seq_len", expected)
+    if declared != expected:
+        raise ModelError(f"processor_config.json says image_seq_len {declared}, but the vision tower gives {expected}")
+    return int(declared)
+
+
+def build(files: ProcessorFiles) -> Idefics3Processor:
+    """The entry that families.py points to."""
+    return Idefics3Processor(files)

@@ -1,0 +1,244 @@
+"""A picture from anywhere -> one RGB Pillow image. Knows sources, formats and limits; no model.
+
+One policy for every source: EXIF orientation is honoured, transparency is composited on white, 16-bit grey keeps its
+high byte, an animation gives its first frame.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+import struct
+import time
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlparse
+from urllib.request import url2pathname
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mlxvlm.errors import ImageError
+
+# Sizes are checked here against ImageLimits, from the header alone; Pillow's own warning would only repeat it.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# What Pillow's decoders raise on damaged files.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_CHUNK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What a picture may cost before it is refused."""
+
+    max_bytes: int = 64 << 20
+    max_pixels: int = 178_000_000  # Pillow refuses more; decoded to RGB this is half a GB
+    timeout_s: float = 30.0
+    max_redirects: int = 3
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def load_image(source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """An RGB image from a path, URL, data: URL, base64 text, bytes, Pillow image or uint8 array [H, W(, C)].
+
+    Raises ImageError with one line that names the source.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the image")
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(source), "the image data", limits)
+    if isinstance(source, os.PathLike):
+        return _from_path(Path(source), str(source), limits)
+    if isinstance(source, str):
+        return _from_text(source, limits)
+    raise ImageError(f"an image can't be a {type(source).__name__}: give a path, URL, base64 text, bytes or picture")
+
+
+def decode_image(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """An RGB image from the bytes of a file; `name` stands for it in errors."""
+    if not data:
+        raise ImageError(f"{name} is empty")
+    _register_heic(data, name)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > limits.max_pixels:
+                raise ImageError(
+                    f"{name} is {width} x {height} pixels, more than the limit of {limits.max_pixels:,} in all; "
+                    "make it smaller first"
+                )
+            image.load()
+            return _to_rgb(image, name)
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image in a format that can be read (PNG, JPEG, WebP, GIF ...)") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} declares more pixels than the limit of {limits.max_pixels:,}") from error
+    except MemoryError as error:
+        raise ImageError(f"{name} does not fit into memory") from error
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{name} is damaged or truncated: {error}") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """EXIF orientation, then transparency on white, then RGB (transformers `convert_to_rgb` for Pillow images)."""
+    if not image.width or not image.height:
+        raise ImageError(f"{name} has no pixels")
+    # Read before exif_transpose, which drops what it does not know.
+    transparent = "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return _from_wide_grey(image)
+    if transparent:
+        layer = image.convert("RGBA")
+        background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(background, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_wide_grey(image: Image.Image) -> Image.Image:
+    """16- and 32-bit grey. Pillow's own conversion clips all above 255 to white, which leaves a blank page."""
+    levels = np.asarray(image).astype(np.int64)
+    if image.mode.startswith("I;16") or levels.max(initial=0) > 255:
+        levels >>= 8
+    return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or not array.size:
+        raise ImageError(
+            f"an image array must be uint8 of shape [height, width] or [height, width, 1, 3 or 4], "
+            f"not {array.dtype} {list(array.shape)}"
+        )
+    if channels == 1:
+        array = array.reshape(array.shape[:2])
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), "the image")
+
+
+def _from_text(source: str, limits: ImageLimits) -> Image.Image:
+    scheme = source[:8].lower()
+    if scheme.startswith(("http://", "https://")):
+        return decode_image(_fetch(source, limits), _short(source), limits)
+    if scheme.startswith("data:"):
+        return decode_image(_data_url(source, limits), "the data: URL", limits)
+    if scheme.startswith("file://"):
+        return _from_path(Path(url2pathname(unquote(urlparse(source).path))), source, limits)
+    path = Path(source).expanduser()
+    try:
+        is_file = path.exists()
+    except (OSError, ValueError):  # too long for a path, or a NUL inside
+        is_file = False
+    if is_file:
+        return _from_path(path, source, limits)
+    data = _base64(source, limits)
+    if data is None:
+        raise ImageError(f"no such image file: {_short(source)}")
+    return decode_image(data, "the base64 text", limits)
+
+
+def _from_path(path: Path, name: str, limits: ImageLimits) -> Image.Image:
+    name = _short(name)
+    try:
+        if path.is_dir():
+            raise ImageError(f"{name} is a folder, not an image")
+        if path.stat().st_size > limits.max_bytes:
+            raise ImageError(f"{name} is larger than the limit of {limits.max_bytes >> 20} MiB")
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError(f"no such image file: {name}") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name} can't be read: {error}") from error
+    return decode_image(data, name, limits)
+
+
+def _data_url(source: str, limits: ImageLimits) -> bytes:
+    header, comma, payload = source.partition(",")
+    if not comma:
+        raise ImageError("the data: URL has no comma, so no data")
+    if not header.lower().rstrip().endswith(";base64"):
+        return unquote_to_bytes(payload)
+    data = _base64(unquote(payload), limits)
+    if data is None:
+        raise ImageError("the data: URL is not valid base64")
+    return data
+
+
+def _base64(text: str, limits: ImageLimits) -> bytes | None:
+    """Decoded bytes, None for text that is not base64. Line breaks and the URL-safe alphabet are accepted."""
+    if len(text) > limits.max_bytes * 4 // 3 + 4:
+        raise ImageError(f"the base64 text is larger than the limit of {limits.max_bytes >> 20} MiB")
+    compact = re.sub(r"\s+", "", text).translate(str.maketrans("-_", "+/"))
+    if not compact:
+        return None
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _fetch(url: str, limits: ImageLimits) -> bytes:
+    """The body of an http(s) URL, within the limits of bytes, redirects and total time."""
+    import httpx2  # costs 0.1 s, and most pictures are files
+
+    deadline = time.monotonic() + limits.timeout_s
+    name = _short(url)
+    data = bytearray()
+    try:
+        with (
+            httpx2.Client(
+                follow_redirects=True, max_redirects=limits.max_redirects, timeout=limits.timeout_s
+            ) as client,
+            # Some hosts (Wikimedia among them) refuse a client that gives no name.
+            client.stream("GET", url, headers={"User-Agent": "mlxvlm (image fetch)"}) as response,
+        ):
+            if response.status_code >= 400:
+                raise ImageError(f"{name} can't be fetched: HTTP {response.status_code}")
+            for chunk in response.iter_bytes(_CHUNK_BYTES):
+                data += chunk
+                if len(data) > limits.max_bytes:
+                    raise ImageError(f"{name} is larger than the limit of {limits.max_bytes >> 20} MiB")
+                if time.monotonic() > deadline:
+                    raise ImageError(f"{name} took longer than {limits.timeout_s:g} s")
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        raise ImageError(f"{name} can't be fetched: {str(error) or type(error).__name__}") from error
+    return bytes(data)
+
+
+def _register_heic(data: bytes, name: str) -> None:
+    """iPhone pictures: decoded when the optional `pi-heif` package is there, else named with the remedy."""
+    if data[4:8] != b"ftyp" or data[8:12] not in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis"):
+        return
+    try:
+        from pi_heif import register_heif_opener
+    except ImportError as error:
+        raise ImageError(f"{name} is a HEIC picture: pip install 'mlxvlm[heic]', or save it as JPEG") from error
+    register_heif_opener()
+
+
+def _short(text: str, limit: int = 120) -> str:
+    """A source for an error line: control characters escaped, the middle of a long one left out."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: 2 * limit])
+    return text if len(text) <= limit else f"{text[: limit - 20]}...{text[-12:]}"

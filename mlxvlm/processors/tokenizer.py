@@ -1,0 +1,80 @@
+"""Text <-> token ids over `tokenizers`. Knows the checkpoint's special tokens, nothing of chats or images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from mlxvlm.errors import ModelError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A tokenizer.json with the names of its special tokens.
+
+    Source: transformers `PreTrainedTokenizerFast` (5.x `TokenizersBackend`), whose ids and texts it equals.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> None:
+        # A checkpoint may have been saved in the middle of training, with padding or truncation switched on.
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special_tokens = dict(special_tokens)
+
+    @classmethod
+    def from_files(cls, path: Path, config: Mapping[str, Any], special_map: Mapping[str, Any]) -> Tokenizer:
+        """Reads tokenizer.json; `config` is tokenizer_config.json, `special_map` special_tokens_map.json."""
+        if not path.is_file():
+            raise ModelError(f"{path.name} is missing in {path.parent}: this runtime needs the fast tokenizer's file")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the Rust side raises bare Exception
+            raise ModelError(f"{path} can't be read: {error}") from error
+        special = {}
+        for name in SPECIAL_NAMES:
+            token = config.get(name) or special_map.get(name)
+            if isinstance(token, Mapping):
+                token = token.get("content")
+            if isinstance(token, str):
+                special[name] = token
+        tokenizer = cls(backend, special)
+        tokenizer._add_missing(config.get("added_tokens_decoder") or {})
+        return tokenizer
+
+    def _add_missing(self, added: Mapping[str, Mapping[str, Any]]) -> None:
+        """Tokens that only tokenizer_config.json names; transformers adds them too, in the order of their ids."""
+        for _, token in sorted(added.items(), key=lambda item: int(item[0])):
+            if self.token_id(token["content"]) is None:
+                self.add_special(token["content"])
+
+    def add_special(self, token: str) -> int:
+        """The id of a special token, added at the end of the vocabulary if the file lacks it."""
+        self.backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        token_id = self.token_id(token)
+        assert token_id is not None
+        return token_id
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token, None if there is none."""
+        found: int | None = self.backend.token_to_id(token)
+        return found
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; with add_special_tokens as the checkpoint's post-processor says (BOS ...)."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_prompt(self, rendered: str) -> list[int]:
+        """Ids of a rendered chat with exactly one BOS: the template's own, or the tokenizer's where it wrote none."""
+        bos = self.special_tokens.get("bos_token")
+        return self.encode(rendered, add_special_tokens=not (bos and rendered.startswith(bos)))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids without special tokens; incomplete UTF-8 becomes U+FFFD."""
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=True)
+        return text

@@ -1,0 +1,72 @@
+"""Pixels to pixels: resize, rescale, normalise. Knows no family and no file.
+
+Source: transformers `image_transforms.py` and the PIL backend of `image_processing_backends.py`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+RESCALE_FACTOR = 0.00392156862745098  # 1/255 as the checkpoints' configs spell it
+
+
+def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
+    """A resized copy; `resample` is Pillow's number (1 Lanczos, 2 bilinear, 3 bicubic)."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), resample=Image.Resampling(resample))
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """uint8 -> float32 (v * rescale - mean) / std for each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float = RESCALE_FACTOR
+    do_rescale: bool = True
+    do_normalize: bool = True
+    key: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        settings = (self.mean, self.std, self.rescale_factor, self.do_rescale, self.do_normalize)
+        object.__setattr__(self, "key", repr(settings))
+
+    @cached_property
+    def _table(self) -> NDArray[np.float32]:
+        """[256, C]: a byte has 256 values, so the reference's arithmetic runs once a value instead of once a pixel."""
+        levels = np.arange(256, dtype=np.float64)
+        if self.do_rescale:
+            levels = levels * self.rescale_factor
+        table = np.repeat(levels.astype(np.float32)[:, None], len(self.mean), axis=1)
+        if self.do_normalize:
+            table = (table - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return table
+
+    def __call__(self, image: Image.Image) -> NDArray[np.float32]:
+        """An RGB image as float32 [C, H, W]."""
+        pixels = np.asarray(image)  # [H, W, C]
+        table = self._table
+        return np.stack([table[:, c][pixels[..., c]] for c in range(table.shape[1])])
+
+
+def split_tiles(pixels: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
+    """[C, rows * h, columns * w] -> [rows * columns, C, h, w], row by row."""
+    channels, height, width = pixels.shape
+    tiles = pixels.reshape(channels, rows, height // rows, columns, width // columns)
+    return np.ascontiguousarray(tiles.transpose(1, 3, 0, 2, 4)).reshape(
+        rows * columns, channels, height // rows, width // columns
+    )
+
+
+def floats(values: float | Sequence[float], count: int = 3) -> tuple[float, ...]:
+    """A per-channel setting that may be given as one number."""
+    if isinstance(values, (int, float)):
+        return (float(values),) * count
+    return tuple(float(value) for value in values)

@@ -1,0 +1,36 @@
+"""The Python door: load a model, get an engine. Knows how the rooms fit together, and nothing of MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from mlxvlm.checkpoint.load import ModelSource, open_model
+from mlxvlm.engine.engine import Engine, EngineConfig
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+    model: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    chat_template: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Engine:
+    """An engine with a model: "demo", a local folder, or a Hugging Face repository id.
+
+    dtype: auto (the checkpoint's own on a GPU, float32 on the CPU backend), bfloat16, float16 or float32.
+    progress: called with (bytes done, bytes in all) while weights are read.
+    Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
+    """
+    template = None if chat_template is None else Path(chat_template)
+    return start(open_model(model, revision=revision, chat_template=template), dtype=dtype, progress=progress)
+
+
+def start(source: ModelSource, *, dtype: str = "auto", progress: Progress | None = None) -> Engine:
+    """An engine with an opened model."""
+    config = EngineConfig(max_context=source.max_context, eos_token_ids=source.defaults.eos_token_ids)
+    return Engine(partial(source.build, dtype), source.processor, config, progress)

@@ -1,0 +1,113 @@
+"""Every path against transformers: ids, pixels, logits at all recorded positions, greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.kv_cache import KVGroup, KVPass
+from mlxvlm.engine.params import SamplingParams
+from mlxvlm.engine.request import Request
+from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.processors.base import Prompt
+from tests.golden import Case
+
+LOGITS = 1e-4  # absolute, float32; transformers differs from itself (cached, uncached) by 1e-5
+PIXELS = 1e-5
+
+
+@pytest.fixture(scope="module")
+def loaded(case: Case) -> tuple[Case, VisionLanguageModel, dict[str, Prompt]]:
+    processor = case.open().processor
+    prompts = {scenario: processor(case.messages(scenario)) for scenario in case.scenarios}
+    return case, case.build(), prompts
+
+
+def all_logits(model: VisionLanguageModel, prompt: Prompt, chunk: int) -> np.ndarray:
+    """[L, V], the prompt fed in pieces."""
+    features = model.encode_images(prompt.images) if prompt.images else []
+    inputs = model.embed_prompt(prompt, features)
+    group = KVGroup.single(model.kv_specs, 0)
+    pieces = []
+    for start in range(0, len(prompt.token_ids), chunk):
+        piece = inputs[start : start + chunk]
+        forward = KVPass([group], piece.embeds.shape[1])
+        pieces.append(model.logits(model(piece, forward.layers)))
+        forward.commit()
+        mx.eval(pieces[-1])
+    return np.array(mx.concatenate(pieces, axis=1)[0])
+
+
+def test_token_ids(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> None:
+    case, _, prompts = loaded
+    for scenario, prompt in prompts.items():
+        assert list(prompt.token_ids) == case.arrays[f"{scenario}/input_ids"].reshape(-1).tolist(), scenario
+
+
+def test_pixels(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> None:
+    case, _, prompts = loaded
+    compared = 0
+    for scenario, prompt in prompts.items():
+        expected = case.pixels(scenario) if prompt.images else None
+        if expected is None:
+            continue
+        ours = np.concatenate([image.pixels for image in prompt.images])
+        assert ours.shape == expected[0].shape, scenario
+        assert np.abs(ours - expected[0]).max() <= PIXELS, scenario
+        compared += 1
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
+def test_logits(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]], chunk: int) -> None:
+    case, model, prompts = loaded
+    # Token by token over every scenario takes minutes on a CPU; these hold text, images and several turns.
+    chosen = [s for s in ("text_only", "two_images") if s in prompts] if chunk == 1 else list(prompts)
+    for scenario in chosen:
+        logits = all_logits(model, prompts[scenario], chunk)
+        arrays = case.arrays
+        assert np.abs(logits[-1] - arrays[f"{scenario}/logits_last"].reshape(-1)).max() <= LOGITS, scenario
+        peak = logits.max(axis=-1, keepdims=True)
+        lse = (peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True)))[:, 0]
+        assert np.abs(lse - arrays[f"{scenario}/lse"].reshape(-1)).max() <= LOGITS, scenario
+        assert logits.argmax(-1).tolist() == arrays[f"{scenario}/argmax"].reshape(-1).tolist(), scenario
+        if f"{scenario}/logits" in arrays:
+            assert np.abs(logits - arrays[f"{scenario}/logits"].reshape(logits.shape)).max() <= LOGITS, scenario
+
+
+@pytest.fixture(scope="module", params=[1, 7, 64], ids=lambda chunk: f"chunk{chunk}")
+def engine(case: Case, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    source = case.open()
+    config = EngineConfig(
+        source.max_context,
+        source.defaults.eos_token_ids,
+        prefill_chunk=request.param,
+        prefill_chunk_while_decoding=request.param,
+    )
+    with Engine(lambda progress: source.build("float32", progress), source.processor, config) as running:
+        yield running
+
+
+def greedy(case: Case, scenario: str) -> Request:
+    count = len(case.expected(scenario)["greedy"])
+    return Request(case.messages(scenario), SamplingParams(max_tokens=count, ignore_eos=True))
+
+
+def test_greedy_alone(case: Case, engine: Engine) -> None:
+    # Smaller chunks change nothing but the time; the batch test below has every scenario at every chunk size.
+    chosen = case.batch if engine.config.prefill_chunk == 1 else case.scenarios
+    for scenario in chosen:
+        answer = engine.generate(greedy(case, scenario))
+        assert list(answer.token_ids) == case.expected(scenario)["greedy"], scenario
+        assert answer.text == case.expected(scenario)["greedy_text"], scenario
+        assert answer.usage.prompt_tokens == case.expected(scenario)["seq_len"], scenario
+
+
+def test_greedy_in_one_batch(case: Case, engine: Engine) -> None:
+    streams = {scenario: engine.submit(greedy(case, scenario)) for scenario in case.scenarios}
+    for scenario, stream in streams.items():
+        assert list(stream.result().token_ids) == case.expected(scenario)["greedy"], scenario
