@@ -1,8 +1,8 @@
 """Vision-language models on Apple Silicon through MLX. Public names are imported when first used.
 
-    import mlxvlm
-    with mlxvlm.load("demo") as engine:
-        answer = engine.generate(mlxvlm.Request([mlxvlm.user("What is this?", ["picture.png"])]))
+import mlxvlm
+with mlxvlm.load("demo") as engine:
+    answer = engine.generate(mlxvlm.Request([mlxvlm.user("What is this?", ["picture.png"])]))
 """
 
 from __future__ import annotations

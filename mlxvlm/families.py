@@ -1,4 +1,4 @@
-"""The families: model_type in config.json -> (module in processors/, module in models/). Nothing else names a family."""
+"""model_type in config.json -> (module in processors/, module in models/). Nothing else names a family."""
 
 from __future__ import annotations
 

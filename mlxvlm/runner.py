@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlxvlm.checkpoint.load import ModelSource, open_model
 from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.params import SamplingParams
 
 Progress = Callable[[int, int], None]
 
@@ -34,3 +35,14 @@ def start(source: ModelSource, *, dtype: str = "auto", progress: Progress | None
     """An engine with an opened model."""
     config = EngineConfig(max_context=source.max_context, eos_token_ids=source.defaults.eos_token_ids)
     return Engine(partial(source.build, dtype), source.processor, config, progress)
+
+
+def sampling_defaults(source: ModelSource) -> SamplingParams:
+    """How the checkpoint itself wants to be sampled (generation_config.json); greedy where it says nothing."""
+    defaults = source.defaults
+    return SamplingParams(
+        temperature=defaults.temperature,
+        top_p=defaults.top_p,
+        top_k=defaults.top_k,
+        repetition_penalty=defaults.repetition_penalty,
+    )

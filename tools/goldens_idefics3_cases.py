@@ -20,7 +20,7 @@ class Case:
     """`config` holds no token ids: they come from the tokenizer when the files are written."""
 
     name: str
-    seed: int  # the first one tried; see `make_goldens.py`
+    seed: int  # the first one tried, and today the one that is taken; see `make_goldens.py`
     config: Json
     tokens: TokenizerSpec
     eos: tuple[str, ...]
@@ -184,7 +184,7 @@ def config(model_type: str, scale: int, text: Json, vision: Json, tied: bool = F
 CASES = (
     Case(
         name="idefics3_split",
-        seed=1,
+        seed=2,
         config=config("idefics3", 2, SPLIT_TEXT, SPLIT_VISION),
         tokens=LLAMA3,
         eos=("<|end_of_text|>", "<|eot_id|>", END),

@@ -143,7 +143,7 @@ def write_scenarios(folder: Path) -> dict[str, Any]:
     scenarios = {
         "images": write_pictures(folder / "images"),
         "full_logits": ["text_only", "one_wide"],
-        "batch": ["text_only", "one_gray", "two_images"],
+        "batch": ["text_only", "one_tall", "two_images"],
         "scenarios": chats(),
     }
     write_json(folder / "scenarios.json", scenarios, compact_below=1)

@@ -48,10 +48,12 @@ def arguments() -> argparse.Namespace:
 
 
 def replace(made: Path, target: Path) -> None:
-    """Moves a finished folder into place, so that nobody reads half of one."""
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.move(made, target)
+    """Puts a finished folder into place in one step, so that nobody reads half of one."""
+    staged = target.with_name(f".{target.name}.new")
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(made, staged, symlinks=True)
+    shutil.rmtree(target, ignore_errors=True)
+    staged.rename(target)
 
 
 def search(family: ModuleType, case: Any, folder: Path, scenarios: dict[str, Any], images: Path) -> Golden:

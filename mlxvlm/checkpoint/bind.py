@@ -1,7 +1,8 @@
 """Tensors -> a model's parameters, strictly. Knows modules and shapes, not files and not families.
 
 Which modules are quantised, and how, is read off the tensors themselves: the model knows each module's full shape,
-so the packed width gives the bits and the scales' width the group size. Configs of various ages disagree; tensors can't.
+so the packed width gives the bits and the scales' width the group size. Configs of various ages disagree with the
+tensors; the tensors can't.
 """
 
 from __future__ import annotations

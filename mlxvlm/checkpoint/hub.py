@@ -14,10 +14,10 @@ _SMALL_FILES = ["*.json", "*.jinja"]
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a model: `demo`, a local folder, or a repository id that is fetched into the hub's cache.
 
-    Raises ModelNotFoundError, or ModelError when the hub can't be reached.
+    weights=False fetches the small files only. Raises ModelNotFoundError, or ModelError when the hub can't be reached.
     """
     if model == DEMO:
         return Path(__file__).parent.parent / "demo"
@@ -28,10 +28,10 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise ModelNotFoundError(f"{model} is a file: give the folder that holds config.json and the weights")
     if not _REPOSITORY.match(model):
         raise ModelNotFoundError(f"no such model: {model!r} is neither a folder nor a repository id like owner/name")
-    return _download(model, revision)
+    return _download(model, revision, weights)
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, weights: bool) -> Path:
     """Only what is needed: the small files first, then the weight files that the index (or the lack of one) names."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -49,7 +49,9 @@ def _download(repository: str, revision: str | None) -> Path:
         folder = Path(
             snapshot_download(repository, revision=revision, allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"])
         )
-        snapshot_download(repository, revision=revision, allow_patterns=_weight_patterns(folder), ignore_patterns=["*/*"])
+        if weights:
+            patterns = _weight_patterns(folder)
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
         return folder
     except GatedRepoError as error:
         raise ModelNotFoundError(

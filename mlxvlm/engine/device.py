@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import mlx.core as mx
 
@@ -40,7 +41,7 @@ def report() -> DeviceReport:
     return DeviceReport(
         name=str(info.get("device_name", "unknown")),
         is_gpu=is_gpu(),
-        mlx_version=str(mx.__version__),
+        mlx_version=version("mlx"),
         memory_bytes=int(info.get("memory_size", 0)),
         working_set_bytes=int(info.get("max_recommended_working_set_size", 0)),
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -63,9 +64,7 @@ class Engine:
         self._closing = threading.Event()
         self._loaded: Future[None] = Future()
         self._pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="mlxvlm-prepare")
-        self._thread = threading.Thread(
-            target=self._run, args=(build, progress), name="mlxvlm-engine", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(build, progress), name="mlxvlm-engine", daemon=True)
         self._thread.start()
         # A daemon thread inside MLX must not outlive the interpreter.
         self._finalizer = weakref.finalize(self, _stop, self._closing, self._commands, self._thread)
@@ -83,7 +82,7 @@ class Engine:
         stream = Stream(lambda: self._commands.put(partial(self._cancel, sequence)))
         sequence = Sequence(request, stream)
         self._commands.put(partial(self._open.__setitem__, sequence.id, sequence))
-        prepared = self._pool.submit(self.processor, request.messages, request.template)
+        prepared = self._pool.submit(_prepare, self.processor, request)
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
         return stream
 
@@ -200,9 +199,7 @@ class Engine:
             self._runner.encode_images(sequence)
         else:
             config = self.config
-            self._runner.prefill(
-                sequence, config.prefill_chunk_while_decoding if is_decoding else config.prefill_chunk
-            )
+            self._runner.prefill(sequence, config.prefill_chunk_while_decoding if is_decoding else config.prefill_chunk)
 
     def _prepared(self, sequence: Sequence, future: Future[Prompt]) -> None:
         """A prompt comes out of the pool, or the error of making it."""
@@ -247,6 +244,10 @@ class Engine:
         self._runner.drop(sequence)
 
 
+def _prepare(processor: Processor, request: Request) -> Prompt:
+    return request.prompt or processor(request.messages, request.template)
+
+
 def _as_failure(error: BaseException) -> MlxvlmError:
     if isinstance(error, MlxvlmError):
         return error
@@ -259,4 +260,3 @@ def _stop(closing: threading.Event, commands: queue.SimpleQueue[Command], thread
     closing.set()
     commands.put(lambda: None)
     thread.join()
-

@@ -169,9 +169,7 @@ class LayerCache:
             mixed.append(self._attend(group, queries[rows], held_keys, held_values, scale))
         return mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
 
-    def _attend(
-        self, group: KVGroup, queries: mx.array, keys: mx.array, values: mx.array, scale: float
-    ) -> mx.array:
+    def _attend(self, group: KVGroup, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         spec = group.specs[self._layer]
         if len(group.owners) == 1 and queries.shape[2] == 1:
             # One token of one row sees everything from its window's or chunk's first position on: no mask.
@@ -211,7 +209,7 @@ class KVPass:
 
 def visible(lengths: Sequence[int], new: int, spec: KVSpec) -> mx.array:
     """bool [B, 1, L, S]: which held positions each new token of each row may look at."""
-    query = (mx.array(lengths)[:, None] + mx.arange(new)[None])[:, None, :, None]  # [B, 1, L, 1]
+    query = (mx.array(list(lengths))[:, None] + mx.arange(new)[None])[:, None, :, None]  # [B, 1, L, 1]
     key = mx.arange(max(lengths) + new)[None, None, None]  # [1, 1, 1, S]
     mask = key <= query
     if spec.window is not None:

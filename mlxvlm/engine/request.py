@@ -8,17 +8,22 @@ from typing import Any, Literal, TypeAlias
 
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.messages import Message
+from mlxvlm.processors.base import Prompt
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question. `template` holds extra variables for the chat template."""
+    """One question. `template` holds extra variables for the chat template.
 
-    messages: Sequence[Message]
+    `prompt` is for callers that have run the processor themselves: the messages are then not looked at.
+    """
+
+    messages: Sequence[Message] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     template: Mapping[str, Any] = field(default_factory=dict)
+    prompt: Prompt | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,15 +164,16 @@ def _logprobs(
 
 def read(sampled: Sampled, rows: Sequence[RowSampler]) -> list[tuple[int, bool, TokenLogprob | None]]:
     """Waits for a step: (token id, bad, logprob) of each row."""
-    tokens: list[int] = sampled.tokens.tolist()  # type: ignore[assignment]
-    bad: list[bool] = sampled.bad.tolist()  # type: ignore[assignment]
-    logprobs = [None] * len(rows) if sampled.logprobs is None else sampled.logprobs.tolist()
-    top_ids = [[]] * len(rows) if sampled.top_ids is None else sampled.top_ids.tolist()
-    top = [[]] * len(rows) if sampled.top_logprobs is None else sampled.top_logprobs.tolist()
-    result = []
-    for i, row in enumerate(rows):
-        count = row.params.top_logprobs
-        pairs = tuple(zip(top_ids[i], top[i], strict=True))[: count or 0]  # type: ignore[index]
-        logprob = None if count is None else TokenLogprob(tokens[i], logprobs[i], pairs)  # type: ignore
-        result.append((tokens[i], bad[i], logprob))
-    return result
+    tokens, bad = np.array(sampled.tokens), np.array(sampled.bad)
+    return [(int(tokens[i]), bool(bad[i]), _read_logprob(sampled, i, row)) for i, row in enumerate(rows)]
+
+
+def _read_logprob(sampled: Sampled, index: int, row: RowSampler) -> TokenLogprob | None:
+    count = row.params.top_logprobs
+    if count is None or sampled.logprobs is None:
+        return None
+    token, logprob = int(np.array(sampled.tokens)[index]), float(np.array(sampled.logprobs)[index])
+    if not count or sampled.top_ids is None or sampled.top_logprobs is None:
+        return TokenLogprob(token, logprob)
+    ids = np.array(sampled.top_ids)[index, :count].tolist()
+    return TokenLogprob(token, logprob, tuple(zip(ids, np.array(sampled.top_logprobs)[index].tolist(), strict=False)))

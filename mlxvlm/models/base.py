@@ -93,9 +93,7 @@ class VisionLanguageModel(Protocol):
         ...
 
 
-def merge_features(
-    embeds: mx.array, prompt: Prompt, image_token_id: int, features: Sequence[mx.array]
-) -> mx.array:
+def merge_features(embeds: mx.array, prompt: Prompt, image_token_id: int, features: Sequence[mx.array]) -> mx.array:
     """Writes each image's features [N, D] over its placeholders in embeds [1, L, D].
 
     Counts are checked: MLX reads and writes out of bounds without an error.

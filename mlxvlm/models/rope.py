@@ -21,7 +21,7 @@ DEFAULT_THETA = 10000.0
 def rope_parameters(config: Mapping[str, Any], default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
     """One dict with rope_type and rope_theta from any age of config.
 
-    Old configs have rope_theta beside rope_scaling, transformers 5 has rope_parameters; rope_scaling wins where both are.
+    Old configs have rope_theta beside rope_scaling, transformers 5 has rope_parameters; rope_scaling wins over it.
     """
     merged = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     merged["rope_type"] = merged.get("rope_type") or merged.get("type") or "default"
@@ -42,7 +42,7 @@ def _linear_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.
 
 
 def _llama3_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.float32]:
-    """Long waves are slowed by `factor`, short ones kept, those between blended. Source: `_compute_llama3_parameters`."""
+    """Long waves are slowed by `factor`, short ones kept. Source: `_compute_llama3_parameters`."""
     inverse = _default_frequencies(dims, parameters)
     factor = parameters["factor"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
@@ -80,6 +80,4 @@ class RoPE:
         self._periods = mx.array(1.0 / inverse_frequencies(dims, parameters))
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        return mx.fast.rope(
-            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
-        )
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods)

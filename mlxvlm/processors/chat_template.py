@@ -55,9 +55,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=TemplateDict()
-    )
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=TemplateDict())
     return environment
 
 

@@ -60,7 +60,7 @@ class ProcessorFiles:
 
 
 def _template_of(folder: Path, processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The processor's template goes before the tokenizer's, and chat_template.json before .jinja, as in transformers."""
+    """The processor's goes before the tokenizer's, and chat_template.json before .jinja, as in transformers."""
     jinja = folder / "chat_template.jinja"
     candidates = (
         processor.get("chat_template"),

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: messages -> Prompt. Pictures are scaled up, cut into square tiles and followed by a global view.
+"""Idefics3 and SmolVLM: messages -> Prompt. Pictures are scaled up and cut into square tiles, then a global view.
 
 Source: transformers `Idefics3ImageProcessorPil`, `Idefics3Processor` and their SmolVLM twins. PreparedImage.pixels is
 [frames, 3, side, side] (tiles row by row, the global view last), layout is (rows, columns), (0, 0) when not split.

@@ -22,7 +22,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlparse
 from urllib.request import url2pathname
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlxvlm.errors import ImageError
 
@@ -92,7 +92,7 @@ def decode_image(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -
                 )
             image.load()
             return _to_rgb(image, name)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image in a format that can be read (PNG, JPEG, WebP, GIF ...)") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} declares more pixels than the limit of {limits.max_pixels:,}") from error

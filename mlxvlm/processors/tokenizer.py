@@ -33,7 +33,7 @@ class Tokenizer:
             raise ModelError(f"{path.name} is missing in {path.parent}: this runtime needs the fast tokenizer's file")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the Rust side raises bare Exception
+        except Exception as error:
             raise ModelError(f"{path} can't be read: {error}") from error
         special = {}
         for name in SPECIAL_NAMES:

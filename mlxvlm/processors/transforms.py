@@ -41,12 +41,11 @@ class Normalizer:
     @cached_property
     def _table(self) -> NDArray[np.float32]:
         """[256, C]: a byte has 256 values, so the reference's arithmetic runs once a value instead of once a pixel."""
-        levels = np.arange(256, dtype=np.float64)
-        if self.do_rescale:
-            levels = levels * self.rescale_factor
-        table = np.repeat(levels.astype(np.float32)[:, None], len(self.mean), axis=1)
+        levels = np.arange(256, dtype=np.float64) * (self.rescale_factor if self.do_rescale else 1.0)
+        table: NDArray[np.float32] = np.repeat(levels.astype(np.float32)[:, None], len(self.mean), axis=1)
         if self.do_normalize:
-            table = (table - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+            table -= np.array(self.mean, np.float32)
+            table /= np.array(self.std, np.float32)
         return table
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:

@@ -1,0 +1,96 @@
+"""`mlxvlm doctor`: what this machine is, and whether a model fits. Knows how to ask and to print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlxvlm.engine.device import DeviceReport
+
+_GB = 1e9
+_CONTEXTS = (2048, 8192, 32768, 131072)  # tokens, as far as the model goes
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `doctor` to the commands."""
+    parser = commands.add_parser(
+        "doctor",
+        help="report on this machine, and on what a model would need",
+        description="Report platform, MLX, memory and cache folder; with -m also what a model would need in memory.",
+    )
+    parser.add_argument("-m", "--model", metavar="MODEL", help="`demo`, a folder, or a repository id (not downloaded)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Runs the command; raises MlxvlmError."""
+    from mlxvlm import __version__
+    from mlxvlm.checkpoint.estimate import cache_folder
+    from mlxvlm.engine import device
+
+    machine = device.report()
+    cache = cache_folder()
+    usable = _usable_bytes(machine)
+    _row("mlxvlm", __version__)
+    _row("python", f"{platform.python_version()} ({sys.executable})")
+    _row("platform", platform.platform())
+    _row("mlx", f"{machine.mlx_version}, {'GPU' if machine.is_gpu else 'CPU backend: for tests and small models'}")
+    _row("device", machine.name)
+    _row("memory", f"{_physical_bytes(machine) / _GB:.1f} GB, {usable / _GB:.1f} GB of it for models")
+    if sys.platform == "darwin":
+        _row("wired limit", _wired_limit())
+    _row("hub cache", f"{cache}, {shutil.disk_usage(_existing(cache)).free / _GB:.1f} GB free")
+    if args.model:
+        _report_model(args, usable)
+    return 0
+
+
+def _report_model(args: argparse.Namespace, usable: int) -> None:
+    from mlxvlm.checkpoint.estimate import memory_need
+
+    need = memory_need(args.model, args.revision, args.dtype)
+    print()
+    _row("model", f"{args.model} ({need.model_type}){'' if need.is_local else ', not on this machine yet'}")
+    _row("weights", f"{need.weights_bytes / _GB:.2f} GB")
+    _row("context", f"{need.kv_bytes_per_token / 1e3:.1f} kB a token, {need.max_context} tokens at most")
+    for tokens in sorted({min(tokens, need.max_context) for tokens in _CONTEXTS}):
+        total = need.weights_bytes + tokens * need.kv_bytes_per_token
+        verdict = "fits" if total < usable else "does not fit"
+        _row(f"  {tokens} tokens", f"{total / _GB:.2f} GB with the weights: {verdict}")
+
+
+def _row(name: str, value: str) -> None:
+    print(f"{name:<14} {value}")
+
+
+def _physical_bytes(machine: DeviceReport) -> int:
+    return machine.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _usable_bytes(machine: DeviceReport) -> int:
+    """What macOS lets a GPU keep resident; elsewhere four fifths of memory, MLX's own default limit."""
+    return machine.working_set_bytes or _physical_bytes(machine) * 4 // 5
+
+
+def _wired_limit() -> str:
+    """macOS: 0 means the system's own choice; raising it lets larger models stay resident."""
+    query = ["sysctl", "-n", "iogpu.wired_limit_mb"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    if not answer.isdigit():
+        return "unknown"
+    return f"{answer} MB" if int(answer) else "the system's default (raise it: sudo sysctl iogpu.wired_limit_mb=N)"
+
+
+def _existing(path: Any) -> Any:
+    """The nearest folder that exists: a new machine has no cache yet."""
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,69 @@
+"""Flags that several commands share. Knows names and help texts, not what they do."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlxvlm.engine.params import SamplingParams
+    from mlxvlm.engine.request import Usage
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """-m, --revision, --dtype, --chat-template."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m",
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="`demo` (ships with the package), a local folder, or a Hugging Face repository id",
+    )
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="number format of the weights (default: auto, the checkpoint's own on a GPU, float32 on a CPU)",
+    )
+    group.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja file (or JSON with that key) to use instead"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """--temperature and its kin; what is not given comes from the checkpoint."""
+    group = parser.add_argument_group("sampling (defaults come from the checkpoint's generation_config.json)")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that sum up to P (1: all)")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens (0: all)")
+    group.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the best")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: avoid tokens seen so far")
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="as OpenAI's, for each earlier use")
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="as OpenAI's, once for a token used")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    group.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help="longest answer (default: %(default)s)"
+    )
+
+
+def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The checkpoint's defaults with what the user gave."""
+    from dataclasses import replace
+
+    given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    return replace(defaults, **given, seed=args.seed, stop=tuple(args.stop), max_tokens=args.max_tokens)
+
+
+def figures(usage: Usage, peak_bytes: int, time_to_first_token_s: float) -> str:
+    """One line of counts and speeds."""
+    return (
+        f"prompt {usage.prompt_tokens} tokens, {usage.prompt_tokens_per_s:.1f} tok/s | "
+        f"completion {usage.completion_tokens} tokens, {usage.completion_tokens_per_s:.1f} tok/s | "
+        f"first token {time_to_first_token_s:.2f} s | peak memory {peak_bytes / 1e9:.2f} GB"
+    )

@@ -1,0 +1,164 @@
+"""`mlxvlm run`: one question, one answer. Knows terminals and pipes, not models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mlxvlm.cli.options import add_model_options, add_sampling_options, figures, sampling_params
+from mlxvlm.cli.progress import byte_bar
+from mlxvlm.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from mlxvlm.engine.engine import Engine
+    from mlxvlm.engine.request import Completion, Delta, Request
+    from mlxvlm.engine.stream import Stream
+    from mlxvlm.messages import Message
+
+_MAX_TOKENS = 2048
+_INTERRUPTED = 130
+_EPILOG = """\
+examples:
+  mlxvlm run -m demo --image picture.png "How many shapes are there?"
+  mlxvlm run -m ./SmolVLM-Instruct --image https://example.org/a.jpg --image b.png "Compare the two."
+  cat notes.txt | mlxvlm run -m ./SmolVLM-Instruct -
+  mlxvlm run -m demo --json "hello" | jq .text
+
+The answer goes to stdout, a line of figures to stderr.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `run` to the commands."""
+    parser = commands.add_parser(
+        "run",
+        help="answer one question, with or without pictures",
+        description="Answer one question, with or without pictures, and stream the answer to stdout.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="?", help="the question; `-` reads it from a pipe")
+    parser.add_argument(
+        "-i",
+        "--image",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="a path, URL, data: URL or base64 text; repeatable, in order, before the question",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no figures on stderr")
+    add_model_options(parser)
+    add_sampling_options(parser, _MAX_TOKENS)
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Runs the command; raises MlxvlmError."""
+    from mlxvlm.checkpoint.load import open_model
+    from mlxvlm.engine.request import Request
+    from mlxvlm.runner import sampling_defaults, start
+
+    messages = _messages(args)
+    begun = time.perf_counter()
+    source = open_model(args.model, revision=args.revision, chat_template=args.chat_template)
+    sampling = sampling_params(args, sampling_defaults(source))
+    # Before the weights: a mistyped path should not cost a minute of loading.
+    prompt = source.processor(messages)
+    prepare_s = time.perf_counter() - begun
+    with byte_bar("loading") as progress, start(source, dtype=args.dtype, progress=progress) as engine:
+        request = Request(messages, sampling, prompt=prompt)
+        return _print_json(args, engine, request) if args.json else _print_stream(args, engine, request, prepare_s)
+
+
+def _messages(args: argparse.Namespace) -> list[Message]:
+    from mlxvlm.messages import system, user
+
+    text = args.prompt
+    if text is None:
+        raise UsageError(
+            'no prompt: give a question in quotes, or `-` to read it from a pipe (see "mlxvlm run --help")'
+        )
+    if text == "-":
+        text = _read_stdin()
+    if not text.strip():
+        raise InputError("the prompt is empty")
+    return [*([system(args.system)] if args.system else []), user(text, args.image)]
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt on stdin is not text: {error}") from error
+
+
+def _print_stream(args: argparse.Namespace, engine: Engine, request: Request, prepare_s: float) -> int:
+    is_terminal = sys.stdout.isatty()
+
+    def show(text: str) -> None:
+        sys.stdout.write(_printable(text) if is_terminal else text)
+        sys.stdout.flush()
+
+    completion, code = _consume(engine.submit(request), show)
+    if not completion.text.endswith("\n"):
+        show("\n")
+    usage = completion.usage
+    if not args.quiet:
+        if completion.finish_reason == "length":
+            print(f"(cut at {usage.completion_tokens} tokens: see --max-tokens)", file=sys.stderr)
+        print(figures(usage, engine.memory().peak_bytes, prepare_s + usage.time_to_first_token_s), file=sys.stderr)
+    return code
+
+
+def _print_json(args: argparse.Namespace, engine: Engine, request: Request) -> int:
+    completion, code = _consume(engine.submit(request), lambda text: None)
+    print(json.dumps(_as_json(args.model, completion, engine.memory().peak_bytes), ensure_ascii=False))
+    return code
+
+
+def _consume(stream: Stream, show: Callable[[str], None]) -> tuple[Completion, int]:
+    """The whole answer, shown as it comes. The first Ctrl-C ends it with what there is, a second one leaves."""
+    from mlxvlm.engine.stream import collect
+
+    deltas: list[Delta] = []
+    code = 0
+    while not deltas or deltas[-1].finish_reason is None:
+        try:
+            for delta in stream:
+                deltas.append(delta)
+                if delta.text:
+                    show(delta.text)
+        except KeyboardInterrupt:
+            if code:
+                raise
+            code = _INTERRUPTED
+            stream.cancel()
+    return collect(deltas), code
+
+
+def _as_json(model: str, completion: Completion, peak_bytes: int) -> dict[str, Any]:
+    usage = completion.usage
+    return {
+        "model": model,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": usage.prompt_tokens,
+        "image_tokens": usage.image_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "prompt_tokens_per_s": round(usage.prompt_tokens_per_s, 2),
+        "completion_tokens_per_s": round(usage.completion_tokens_per_s, 2),
+        "time_to_first_token_s": round(usage.time_to_first_token_s, 4),
+        "total_s": round(usage.total_s, 4),
+        "peak_memory_bytes": peak_bytes,
+    }
+
+
+def _printable(text: str) -> str:
+    """A model's text must not drive the terminal: no escape sequences."""
+    return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else "�" for c in text)
