@@ -45,13 +45,13 @@ class Mix:
     num_branches: int = 9  # more than fit: rows come out full
     skills: dict[str, float] = field(
         default_factory=lambda: {
-            "describe": 1.2, "color": 1.4, "shape": 1.2, "where": 1.4, "at": 1.0, "count": 1.0, "exists": 0.8,
+            "describe": 1.2, "color": 1.3, "shape": 1.0, "where": 1.3, "at": 1.3, "count": 1.5, "exists": 1.5,
             "background": 0.6, "json": 0.8,
         }
     )  # fmt: skip
     kinds: dict[str, float] = field(
         default_factory=lambda: {
-            "single": 0.66, "two": 0.18, "text": 0.05, "text_first": 0.04, "next_picture": 0.035,
+            "single": 0.59, "two": 0.23, "text": 0.05, "text_first": 0.06, "next_picture": 0.035,
             "after_talk": 0.035,
         }
     )  # fmt: skip
@@ -59,7 +59,7 @@ class Mix:
 
 FOCUS = Mix(
     odds=(0.1, 0.45, 0.45),
-    skills={"describe": 0.5, "color": 3.0, "shape": 2.0, "where": 3.0, "at": 1.0, "count": 0.4, "exists": 0.3,
+    skills={"describe": 0.5, "color": 3.0, "shape": 2.0, "where": 3.0, "at": 1.5, "count": 1.2, "exists": 2.5,
             "background": 0.2, "json": 0.3},
     kinds={"single": 0.86, "two": 0.08, "text": 0.02, "text_first": 0.02, "next_picture": 0.01,
            "after_talk": 0.01},
@@ -189,7 +189,7 @@ def _content(scene: Scene) -> str:
 def _compare(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
     thing = rng.choice((*scenes[0].things, *scenes[1].things))
     shape, color = thing.shape, thing.color
-    if rng.random() < 0.2:
+    if rng.random() < 0.3:
         shape, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
     form = rng.choice(("shape", "shape", "color", "both"))
     noun = {"shape": shape, "color": f"{color} shape", "both": f"{color} {shape}"}[form]

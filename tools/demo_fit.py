@@ -24,7 +24,7 @@ class Plan:
 
     vision_steps: int = 700
     focus_steps: int = 1500
-    steps: int = 5500  # whole model, the focus phase included
+    steps: int = 6000  # whole model, the focus phase included
     warmup: int = 100
     rows: int = 16
     pictures: int = 48  # a step of the vision phase
@@ -202,6 +202,13 @@ def _rows(seed: int, step: int, plan: Plan) -> list[Row]:
     return rows
 
 
+def answer_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Weighted mean over answer tokens: by count alone, lists of JSON would drown every yes and no."""
+    chosen = batch.labels != IGNORE
+    losses = F.cross_entropy(logits, batch.labels[chosen], reduction="none")
+    return (losses * batch.weights[chosen]).sum() / batch.weights.sum()
+
+
 def fit(student: Student, teacher: Teacher, packer: Packer, plan: Plan, seed: int) -> None:
     """Phases 2 and 3: the whole model."""
     model = student.model
@@ -214,7 +221,7 @@ def fit(student: Student, teacher: Teacher, packer: Packer, plan: Plan, seed: in
         with _autocast():
             seen = student.look(batch.pixels)
             features = model.model.connector(seen)
-            loss = F.cross_entropy(student.logits(batch, features), batch.labels[batch.labels != IGNORE])
+            loss = answer_loss(student.logits(batch, features), batch)
             extra = 0.1 * teacher(seen, batch.patches, batch.backgrounds)
             extra = extra + 0.1 * student.alignment(features, batch.patches)
         optimizer.step(loss + fade * extra, _share(step, plan))

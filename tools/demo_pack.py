@@ -28,6 +28,7 @@ class Batch:
     positions: torch.Tensor  # [B, L]; each branch starts where the shared part ends
     mask: torch.Tensor  # [B, 1, L, L] float, 0 or -inf-like
     labels: torch.Tensor  # [B, L] the NEXT token where an answer is due, else IGNORE
+    weights: torch.Tensor  # [B, L] float: a word of a short answer weighs more than one of a long answer
     features: torch.Tensor  # [B, L] row of [N * IMAGE_TOKENS] features to put there, or -1
     pixels: torch.Tensor  # [N, 3, side, side]
     patches: torch.Tensor  # [N, 3, P] classes of each patch: shape, color, place (last class: none)
@@ -137,6 +138,7 @@ class Packer:
         ids, positions = np.zeros((2, len(rows), size), np.int64)
         labels, features = np.full((2, len(rows), size), IGNORE, np.int64)
         features[:] = -1
+        weights = np.zeros((len(rows), size), np.float32)
         segments = np.full((len(rows), size), -1)
         answers, pictures = [], []
         for i, (row, p) in enumerate(zip(rows, packed, strict=True)):
@@ -148,10 +150,11 @@ class Packer:
             for skill, span in p["answers"]:
                 at = np.asarray(span)
                 labels[i, at] = ids[i, at + 1]
+                weights[i, at] = len(at) ** -0.5
                 answers.append((skill, torch.from_numpy(at + i * size)))
         return Batch(
             *map(torch.from_numpy, (ids, positions)), _mask(segments),
-            *map(torch.from_numpy, (labels, features)),
+            *map(torch.from_numpy, (labels, weights, features)),
             *self._pictures(pictures), answers,
         )  # fmt: skip
 

@@ -178,7 +178,7 @@ WHERE_IS_IT = (
 def where(rng: random.Random, scene: Scene) -> Pair | None:
     if len(scene.things) == 1 and rng.random() < 0.25:
         return _ask(rng, WHERE_IS_IT), f"It is {PLACE_PHRASES[scene.things[0].place]}."
-    if rng.random() < 0.06:
+    if rng.random() < 0.08:
         return _missing(rng, scene, WHERE)
     thing = rng.choice(scene.things)
     names = [name(thing)]
@@ -220,11 +220,11 @@ def count(rng: random.Random, scene: Scene) -> Pair:
         word, number = "shape", len(scene.things)
         asked = rng.choice(("shapes", "shapes", "shapes", "objects", "things"))
     elif roll < 0.8:
-        word = rng.choice(SHAPES) if rng.random() < 0.25 else rng.choice(scene.things).shape
+        word = rng.choice(SHAPES) if rng.random() < 0.4 else rng.choice(scene.things).shape
         number = sum(thing.shape == word for thing in scene.things)
         asked = word + "s"
     else:
-        tint = rng.choice(tuple(COLORS)) if rng.random() < 0.25 else rng.choice(scene.things).color
+        tint = rng.choice(tuple(COLORS)) if rng.random() < 0.4 else rng.choice(scene.things).color
         word, number = f"{tint} shape", sum(thing.color == tint for thing in scene.things)
         asked = word + "s"
     verb, plural = ("is", "") if number == 1 else ("are", "s")
@@ -239,23 +239,26 @@ EXISTS = (
 
 
 def exists(rng: random.Random, scene: Scene) -> Pair:
-    thing = rng.choice(scene.things)
-    shape_, color_ = thing.shape, thing.color
-    form = rng.choice(("shape", "shape", "color", "both", "both"))
-    if rng.random() < 0.5:
-        shape_ = rng.choice(SHAPES) if form != "color" else shape_
-        color_ = rng.choice(tuple(COLORS)) if form == "color" or rng.random() < 0.5 else color_
+    """As often no as yes, and half of the combinations asked for in vain nearly right."""
+    form, wanted = rng.choice(("shape", "shape", "color", "both", "both")), rng.random() < 0.5
+    while True:
+        thing = rng.choice(scene.things)
+        shape_, color_ = thing.shape, thing.color
+        if not wanted:
+            swap = rng.choice(("shape", "color", "both"))
+            shape_ = shape_ if swap == "color" else rng.choice(SHAPES)
+            color_ = color_ if swap == "shape" else rng.choice(tuple(COLORS))
+        right = any(
+            (form == "color" or t.shape == shape_) and (form == "shape" or t.color == color_)
+            for t in scene.things
+        )
+        if right == wanted:
+            break
     asked = {
         "shape": f"{article(shape_)} {shape_}",
-        "color": rng.choice(
-            (f"anything {color_}", f"something {color_}", f"{article(color_)} {color_} shape")
-        ),
+        "color": rng.choice(("anything {}", "something {}", article(color_) + " {} shape")).format(color_),
         "both": f"{article(color_)} {color_} {shape_}",
     }[form]
-    right = any(
-        (form == "color" or t.shape == shape_) and (form == "shape" or t.color == color_)
-        for t in scene.things
-    )
     return _ask(rng, EXISTS, x=asked), "Yes." if right else "No."
 
 

@@ -10,10 +10,11 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from mlxvlm.cli.options import size_text
+
 if TYPE_CHECKING:
     from mlxvlm.engine.device import DeviceReport
 
-_GB = 1e9
 _CONTEXTS = (2048, 8192, 32768, 131072)  # tokens, as far as the model goes
 
 
@@ -44,10 +45,10 @@ def execute(args: argparse.Namespace) -> int:
     _row("platform", platform.platform())
     _row("mlx", f"{machine.mlx_version}, {'GPU' if machine.is_gpu else 'CPU backend: for tests and small models'}")
     _row("device", machine.name)
-    _row("memory", f"{_physical_bytes(machine) / _GB:.1f} GB, {usable / _GB:.1f} GB of it for models")
+    _row("memory", f"{size_text(_physical_bytes(machine))}, {size_text(usable)} of it for models")
     if sys.platform == "darwin":
         _row("wired limit", _wired_limit())
-    _row("hub cache", f"{cache}, {shutil.disk_usage(_existing(cache)).free / _GB:.1f} GB free")
+    _row("hub cache", f"{cache}, {size_text(shutil.disk_usage(_existing(cache)).free)} free")
     if args.model:
         _report_model(args, usable)
     return 0
@@ -59,12 +60,12 @@ def _report_model(args: argparse.Namespace, usable: int) -> None:
     need = memory_need(args.model, args.revision, args.dtype)
     print()
     _row("model", f"{args.model} ({need.model_type}){'' if need.is_local else ', not on this machine yet'}")
-    _row("weights", f"{need.weights_bytes / _GB:.2f} GB")
-    _row("context", f"{need.kv_bytes_per_token / 1e3:.1f} kB a token, {need.max_context} tokens at most")
+    _row("weights", f"{size_text(need.weights_bytes)}")
+    _row("context", f"{size_text(need.kv_bytes_per_token)} a token, {need.max_context} tokens at most")
     for tokens in sorted({min(tokens, need.max_context) for tokens in _CONTEXTS}):
         total = need.weights_bytes + tokens * need.kv_bytes_per_token
         verdict = "fits" if total < usable else "does not fit"
-        _row(f"  {tokens} tokens", f"{total / _GB:.2f} GB with the weights: {verdict}")
+        _row(f"  {tokens} tokens", f"{size_text(total)} with the weights: {verdict}")
 
 
 def _row(name: str, value: str) -> None:

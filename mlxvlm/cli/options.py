@@ -60,10 +60,18 @@ def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> Sampl
     return replace(defaults, **given, seed=args.seed, stop=tuple(args.stop), max_tokens=args.max_tokens)
 
 
+def size_text(size: float) -> str:
+    """Bytes as people read them: 512.0 kB, 4.49 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
 def figures(usage: Usage, peak_bytes: int, time_to_first_token_s: float) -> str:
     """One line of counts and speeds."""
     return (
         f"prompt {usage.prompt_tokens} tokens, {usage.prompt_tokens_per_s:.1f} tok/s | "
         f"completion {usage.completion_tokens} tokens, {usage.completion_tokens_per_s:.1f} tok/s | "
-        f"first token {time_to_first_token_s:.2f} s | peak memory {peak_bytes / 1e9:.2f} GB"
+        f"first token {time_to_first_token_s:.2f} s | peak memory {size_text(peak_bytes)}"
     )
