@@ -59,7 +59,7 @@ def test_pixels(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> 
         assert ours.shape == expected[0].shape, scenario
         assert np.abs(ours - expected[0]).max() <= PIXELS, scenario
         compared += 1
-    assert compared >= 4
+    assert compared >= 3
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import demo_words as words
-from demo_scene import COLORS, SHAPES, Picture, Scene, Thing, draw_picture
+from demo_scene import COLORS, SHAPES, Picture, Scene, Thing, draw_picture, draw_scene, paint
 from demo_words import PLACE_PHRASES, noun_phrase, sentence, style
 
 BOS, END, IMAGE = "<|im_start|>", "<end_of_utterance>", "<image>"
@@ -41,7 +41,7 @@ class Row:
 class Mix:
     """How often what is asked: the curriculum's only knob."""
 
-    odds: tuple[float, ...] = (0.34, 0.36, 0.30)  # of 1, 2, 3 shapes in a picture
+    odds: tuple[float, ...] = (0.33, 0.36, 0.29)  # of 1, 2, 3 shapes in a picture; the rest is empty
     num_branches: int = 9  # more than fit: rows come out full
     skills: dict[str, float] = field(
         default_factory=lambda: {
@@ -72,6 +72,8 @@ SYSTEMS = (
 
 
 def ask_one(rng: random.Random, scene: Scene, mix: Mix) -> Turn:
+    if not scene.things:
+        return Turn(*words.nothing(rng, scene), "empty")
     while True:
         skill = rng.choices(tuple(mix.skills), tuple(mix.skills.values()))[0]
         pair = words.SKILLS[skill](rng, scene)
@@ -247,7 +249,7 @@ def branch_text(rng: random.Random) -> tuple[Turn, ...]:
         if rng.random() < 0.5:
             turns.append(Turn(*words.small_talk(rng), "talk"))
         else:
-            scene = draw_picture(rng).scene
+            scene = draw_scene(rng)
             turns.append(Turn(*words.blind(rng, scene), "blind"))
     return tuple(turns)
 
@@ -257,6 +259,17 @@ def with_images(turns: tuple[Turn, ...], num_images: int, text_first: bool = Fal
     return (Turn(head.question, head.answer, head.skill, num_images, text_first), *turns[1:])
 
 
+def _two_scenes(rng: random.Random) -> tuple[Scene, Scene]:
+    """Half of them with a shape or a colour in common, or "both" would hardly ever be right."""
+    odds, related = (0.75, 0.25) if rng.random() < 0.8 else (1.0,), rng.random() < 0.5
+    first = draw_scene(rng, odds)
+    while True:
+        second = draw_scene(rng, odds)
+        common = any(a.shape == b.shape or a.color == b.color for a in first.things for b in second.things)
+        if common or not related:
+            return first, second
+
+
 def make_row(rng: random.Random, mix: Mix, kind: str | None = None) -> Row:
     kind = kind or rng.choices(tuple(mix.kinds), tuple(mix.kinds.values()))[0]
     system = rng.choice(SYSTEMS) if rng.random() < 0.1 else None
@@ -264,9 +277,8 @@ def make_row(rng: random.Random, mix: Mix, kind: str | None = None) -> Row:
     if kind == "text":
         return Row((), tuple(branch_text(rng) for _ in range(n)), system)
     if kind == "two":
-        odds = (0.75, 0.25) if rng.random() < 0.8 else (1.0,)
-        pair = (draw_picture(rng, odds), draw_picture(rng, odds))
-        scenes = (pair[0].scene, pair[1].scene)
+        scenes = _two_scenes(rng)
+        pair = (Picture(scenes[0], paint(rng, scenes[0])), Picture(scenes[1], paint(rng, scenes[1])))
         return Row(pair, tuple(with_images(branch_two(rng, scenes), 2) for _ in range(n)), system)
     picture = draw_picture(rng, mix.odds)
     text_first = kind == "text_first"

@@ -118,9 +118,8 @@ def score(
         right = text.strip() == item.answer
         hits[item.skill].append(right)
         if not right:
-            wrong.append(
-                (item.skill, item.messages[-1]["content"][-1].get("text"), item.answer, text.strip())
-            )
+            asked = next(part["text"] for part in item.messages[-1]["content"] if part["type"] == "text")
+            wrong.append((item.skill, asked, item.answer, text.strip()))
     sure = [hit for skill, values in hits.items() if skill not in YES_NO for hit in values]
     every = [hit for values in hits.values() for hit in values]
     accuracy = {skill: round(sum(v) / len(v), 4) for skill, v in sorted(hits.items())}

@@ -39,9 +39,14 @@ BACKGROUNDS: dict[str, tuple[RGB, ...]] = {
     "light green": ((190, 235, 190), (200, 240, 205), (144, 238, 144), (175, 230, 170)),
     "light yellow": ((255, 250, 205), (255, 245, 180), (255, 255, 224), (255, 248, 190)),
     "pink": ((255, 192, 203), (250, 205, 220), (255, 200, 215)),
-    "blue": ((30, 60, 140), (0, 0, 128), (20, 40, 110), (25, 60, 170)),
+    "blue": ((30, 60, 140), (0, 0, 128), (20, 40, 110), *COLORS["blue"]),
+    "red": COLORS["red"],
+    "green": COLORS["green"],
+    "yellow": COLORS["yellow"],
+    "orange": COLORS["orange"],
+    "purple": COLORS["purple"],
 }
-BACKGROUND_ODDS = (6, 2, 2, 2, 2, 2, 1, 1)
+BACKGROUND_ODDS = (6.0, 2.0, 2.0, 1.5, 1.5, 1.5, 1.0, 1.0, 0.6, 0.6, 0.6, 0.5, 0.5)
 
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
@@ -94,16 +99,25 @@ def _color(rng: random.Random, background: str, background_rgb: RGB) -> tuple[st
     while True:
         name = rng.choice(tuple(COLORS))
         rgb = _shade(rng, COLORS[name])
-        if name != background and _contrast(rgb, background_rgb) >= 90:
+        if name != background and _contrast(rgb, background_rgb) >= 100:
             return name, rgb
 
 
-def _centers(rng: random.Random, cells: list[int]) -> list[tuple[float, float]]:
-    jitter = 0.05
-    return [
-        (c % 3 / 3 + 1 / 6 + rng.uniform(-jitter, jitter), c // 3 / 3 + 1 / 6 + rng.uniform(-jitter, jitter))
-        for c in cells
-    ]
+def _centers(rng: random.Random, cells: list[int], size: tuple[int, int]) -> list[tuple[float, float]]:
+    """Anywhere well inside the cells, never so close that shapes would overlap."""
+    jitter, edge, apart = 0.1, 0.145, 0.28 * min(size)
+    while True:
+        centers = []
+        for cell in cells:
+            x, y = (part / 3 + 1 / 6 + rng.uniform(-jitter, jitter) for part in (cell % 3, cell // 3))
+            centers.append((min(1 - edge, max(edge, x)), min(1 - edge, max(edge, y))))
+        gaps = (
+            math.hypot((x - u) * size[0], (y - v) * size[1])
+            for i, (x, y) in enumerate(centers)
+            for u, v in centers[:i]
+        )
+        if all(gap >= apart for gap in gaps):
+            return centers
 
 
 def _radius(
@@ -114,19 +128,23 @@ def _radius(
     (x, y), short = centers[index], min(size)
     room = min(x * width, y * height, (1 - x) * width, (1 - y) * height) / short - 0.02
     if len(centers) == 1:
-        return rng.uniform(0.12, max(0.16, min(0.42, room)))
+        return rng.uniform(0.12, max(0.125, min(0.46, room)))
     others = centers[:index] + centers[index + 1 :]
     nearest = min(math.hypot((x - u) * width, (y - v) * height) for u, v in others) / short
-    return rng.uniform(0.115, max(0.16, min(0.24, room, 0.45 * nearest)))
+    return rng.uniform(0.115, max(0.125, min(0.34, room, 0.45 * nearest)))
 
 
 def draw_scene(rng: random.Random, odds: tuple[float, ...] = (0.4, 0.35, 0.25)) -> Scene:
-    """1 + i shapes with odds[i], no two of the same shape and colour, in different cells of a 3x3 grid."""
+    """1 + i shapes with odds[i], no two of the same shape and colour, in different cells of a 3x3 grid.
+
+    Odds that leave something to 1 leave it to empty pictures.
+    """
     background = rng.choices(tuple(BACKGROUNDS), BACKGROUND_ODDS)[0]
     background_rgb = _shade(rng, BACKGROUNDS[background], 4)
-    count = rng.choices(range(1, len(odds) + 1), odds)[0]
+    count = rng.choices(range(len(odds) + 1), (max(0.0, 1 - sum(odds)), *odds))[0]
     cells = [4] if count == 1 and rng.random() < 0.3 else sorted(rng.sample(range(9), count))
-    size, centers = rng.choice(SIZES), _centers(rng, cells)
+    size = rng.choice(SIZES)
+    centers = _centers(rng, cells, size)
     kinds: set[tuple[str, str]] = set()
     things = []
     for index, cell in enumerate(cells):
@@ -244,6 +262,8 @@ def patch_owner(scene: Scene, side: int = 64, patch: int = 8) -> np.ndarray:
         ]
         draw.polygon(points, fill=index + 1)
     grid = side // patch
+    if not scene.things:
+        return np.zeros((grid, grid), np.int64)
     blocks = (
         np.asarray(canvas).reshape(grid, patch, grid, patch).transpose(0, 2, 1, 3).reshape(grid, grid, -1)
     )

@@ -28,6 +28,7 @@ PLACE_PHRASES = {
 }
 PICTURE = ("image", "picture", "photo", "drawing", "image", "picture")
 POLITE = ("please tell me, ", "can you tell me, ", "tell me, ", "hey, ", "so, ", "ok, ", "now, ", "please, ")
+NOTHING = "Nothing."
 NO_PICTURE = "I can not see an image. Please share one."
 
 
@@ -114,14 +115,18 @@ COLOR_OF = (
     "What color has the {x}?", "What color is the {x} in this [p]?",
 )  # fmt: skip
 COLOR_OF_IT = (
-    "What color is it?", "What color is the shape?", "Which color is it?", "What is its color?", "Color?",
-    "What color is this?", "What color is the object?", "Which color does it have?", "What color?",
+    "What color is it?", "What color is {s}?", "Which color is it?", "What is its color?", "Color?",
+    "What color is this?", "What is the color of {s}?", "Which color does it have?", "What color?",
+    "Which color is {s}?", "What color does {s} have?", "What color is {s} in the [p]?",
+    "Tell me the color of {s}.",
+    "Which color is {s} in this [p]?", "What is the color of {s} in the [p]?",
 )  # fmt: skip
+SUBJECTS = ("the shape", "the object", "the thing", "the figure")
 
 
 def color(rng: random.Random, scene: Scene) -> Pair | None:
     if len(scene.things) == 1 and rng.random() < 0.35:
-        return _ask(rng, COLOR_OF_IT), f"It is {scene.things[0].color}."
+        return _ask(rng, COLOR_OF_IT, s=rng.choice(SUBJECTS)), f"It is {scene.things[0].color}."
     if rng.random() < 0.08:
         return _missing(rng, scene, COLOR_OF)
     choices = _unique(scene, "shape")
@@ -177,7 +182,9 @@ WHERE_IS_IT = (
 
 def where(rng: random.Random, scene: Scene) -> Pair | None:
     if len(scene.things) == 1 and rng.random() < 0.25:
-        return _ask(rng, WHERE_IS_IT), f"It is {PLACE_PHRASES[scene.things[0].place]}."
+        return _ask(
+            rng, WHERE_IS_IT, s=rng.choice(SUBJECTS)
+        ), f"It is {PLACE_PHRASES[scene.things[0].place]}."
     if rng.random() < 0.08:
         return _missing(rng, scene, WHERE)
     thing = rng.choice(scene.things)
@@ -201,7 +208,7 @@ def at(rng: random.Random, scene: Scene) -> Pair:
     phrase = PLACE_PHRASES[place]
     if rng.random() < 0.2:
         phrase = phrase.replace("at the", "in the").replace("on the", "at the").replace("center", "middle")
-    answer = sentence(noun_phrase(taken[place])) if place in taken else "Nothing."
+    answer = sentence(noun_phrase(taken[place])) if place in taken else NOTHING
     return _ask(rng, AT, p=phrase), answer
 
 
@@ -240,6 +247,8 @@ EXISTS = (
 
 def exists(rng: random.Random, scene: Scene) -> Pair:
     """As often no as yes, and half of the combinations asked for in vain nearly right."""
+    if rng.random() < 0.15 and (named := _unique(scene, "shape")):
+        return _verify(rng, rng.choice(named))
     form, wanted = rng.choice(("shape", "shape", "color", "both", "both")), rng.random() < 0.5
     while True:
         thing = rng.choice(scene.things)
@@ -260,6 +269,17 @@ def exists(rng: random.Random, scene: Scene) -> Pair:
         "both": f"{article(color_)} {color_} {shape_}",
     }[form]
     return _ask(rng, EXISTS, x=asked), "Yes." if right else "No."
+
+
+def _verify(rng: random.Random, thing: Thing) -> Pair:
+    asked = thing.color if rng.random() < 0.5 else rng.choice([c for c in COLORS if c != thing.color])
+    texts = (
+        "Is the {x} {c}?",
+        "Is the color of the {x} {c}?",
+        "Is the {x} in the [p] {c}?",
+        "Is the {x} {c}?",
+    )
+    return _ask(rng, texts, x=thing.shape, c=asked), "Yes." if asked == thing.color else "No."
 
 
 BACKGROUND = (
@@ -301,6 +321,25 @@ SKILLS: dict[str, Skill] = {
     "json": as_json,
 }
 
+
+def nothing(rng: random.Random, scene: Scene) -> Pair:
+    """The same questions about a picture without a shape."""
+    roll, shape_ = rng.random(), rng.choice(SHAPES)
+    if roll < 0.3:
+        return _ask(rng, DESCRIBE), f"A plain {scene.background} background."
+    if roll < 0.5:
+        return _ask(rng, COUNT, x=rng.choice(("shapes", "objects", "things"))), "There are no shapes."
+    if roll < 0.6:
+        return _ask(rng, EXISTS, x=f"{article(shape_)} {shape_}"), "No."
+    if roll < 0.7:
+        return background(rng, scene)
+    if roll < 0.8:
+        return _ask(rng, JSON), "[]"
+    if roll < 0.9:
+        return _missing(rng, scene, COLOR_OF + WHERE)
+    return _ask(rng, AT, p=PLACE_PHRASES[rng.choice(PLACES)]), NOTHING
+
+
 HELLO = "Hello! Show me a picture and ask me about it."
 WHO = "I am a small demo model. I can see simple shapes in pictures."
 CAN = "I can name the shapes, colors, places and numbers in a picture."
@@ -312,7 +351,8 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Hello!", "Hi", "Hello there.", "Hey!", "Good morning.", "Hi there!", "Good evening.", "Hello",
     "Greetings."), HELLO),
     (("Who are you?", "What are you?", "What is your name?", "Introduce yourself.", "Are you a robot?",
-      "Which model are you?", "Tell me about yourself.", "Who am I talking to?"), WHO),
+      "Which model are you?", "Tell me about yourself.", "Who am I talking to?",
+      "Who made you?", "Are you human?"), WHO),
     (("What can you do?", "How can you help me?", "Help", "What are your skills?", "What can I ask you?",
       "What do you know?", "What can I ask?", "How does this work?"), CAN),
     (("How are you?", "How are you doing?", "How is it going?", "Are you well?"), FINE),

@@ -100,7 +100,7 @@ SPLIT_VISION: Json = {
     "attention_dropout": 0.0,
     "hidden_act": "gelu_pytorch_tanh",
     "hidden_size": 32,
-    "image_size": 12,
+    "image_size": 16,
     "initializer_range": 0.02,
     "intermediate_size": 32,
     "layer_norm_eps": 1e-06,
@@ -108,7 +108,7 @@ SPLIT_VISION: Json = {
     "num_attention_heads": 2,
     "num_channels": 3,
     "num_hidden_layers": 1,
-    "patch_size": 3,
+    "patch_size": 4,
 }
 GRID_TEXT: Json = {
     "architectures": ["VLlama3ForCausalLM"],
@@ -189,8 +189,8 @@ CASES = (
         tokens=LLAMA3,
         eos=("<|end_of_text|>", "<|eot_id|>", END),
         pad="<|reserved_special_token_0|>",
-        longest_edge=36,
-        tile=12,
+        longest_edge=48,
+        tile=16,
         splitting=True,
         dtype=torch.float16,
         shard="40KB",
