@@ -6,7 +6,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from mlxvlm.errors import UnsupportedModelError
+from mlxvlm.errors import ModelError, UnsupportedModelError
+
+# What a config with wrong values raises in the code that reads it.
+NONSENSE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 class Family(NamedTuple):
@@ -20,6 +23,19 @@ class Family(NamedTuple):
 
     def model_module(self) -> ModuleType:
         return import_module(f"mlxvlm.models.{self.model}")
+
+    def build_model(self, config: dict[str, Any]) -> Any:
+        """The VisionLanguageModel of a config.json, its weights not evaluated. Raises ModelError."""
+        try:
+            return self.model_module().build(config)
+        except NONSENSE as error:
+            raise senseless("config.json", error) from error
+
+
+def senseless(source: object, error: Exception) -> ModelError:
+    """The error for a config whose values made `error`."""
+    reason = (str(error).splitlines() or [""])[0]
+    return ModelError(f"{source} makes no sense: {type(error).__name__}: {reason}")
 
 
 FAMILIES: dict[str, Family] = {

@@ -59,10 +59,17 @@ class Mix:
 
 FOCUS = Mix(
     odds=(0.1, 0.45, 0.45),
-    skills={"describe": 0.5, "color": 3.0, "shape": 2.0, "where": 3.0, "at": 1.5, "count": 1.2, "exists": 2.5,
+    skills={"describe": 0.5, "color": 3.0, "shape": 2.0, "where": 3.0, "at": 1.0, "count": 0.5, "exists": 0.4,
             "background": 0.2, "json": 0.3},
     kinds={"single": 0.86, "two": 0.08, "text": 0.02, "text_first": 0.02, "next_picture": 0.01,
            "after_talk": 0.01},
+)  # fmt: skip
+ABSENCE = Mix(  # what is not there: learnt only after what is there
+    odds=(0.25, 0.4, 0.3),
+    skills={"describe": 0.6, "color": 0.8, "shape": 0.4, "where": 0.8, "at": 1.0, "count": 2.5, "exists": 4.0,
+            "background": 0.2, "json": 0.4},
+    kinds={"single": 0.66, "two": 0.25, "text": 0.03, "text_first": 0.03, "next_picture": 0.015,
+           "after_talk": 0.015},
 )  # fmt: skip
 SYSTEMS = (
     "You are a helpful assistant.", "You are a helpful assistant.", "Answer briefly.",
@@ -219,8 +226,8 @@ def _compare(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
 def branch_two(rng: random.Random, scenes: tuple[Scene, Scene]) -> tuple[Turn, ...]:
     roll = rng.random()
     if roll < 0.12:
-        first, second = (words.enumerate_things(scene.things) for scene in scenes)
-        answer = f"The first picture shows {first} and the second picture shows {second}."
+        seen = [words.enumerate_things(scene.things) for scene in scenes]
+        answer = f"The first picture shows {seen[0]} and the second picture shows {seen[1]}."
         return (Turn(style(rng, rng.choice(WHAT_IN_ALL)), answer, "two"),)
     if roll < 0.55:
         return (_one_of_two(rng, scenes),)

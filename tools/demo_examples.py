@@ -89,7 +89,8 @@ def main() -> None:
     quiet()
     reference = Reference(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    seed, used, tried = HELD_OUT_SEEDS[3_000_000], set(), 0
+    seed, tried = HELD_OUT_SEEDS[3_000_000], 0
+    used: set[tuple[str, str]] = set()
     for wanted in WANTED:
         while True:
             seed += 1

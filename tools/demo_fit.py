@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from demo_data import FOCUS, Mix, Row, make_row, row_seed
+from demo_data import ABSENCE, FOCUS, Mix, Row, make_row, row_seed
 from demo_pack import IGNORE, Batch, Packer, patch_classes, squash
 from demo_scene import BACKGROUNDS, COLORS, PLACES, SHAPES, draw_picture
 from torch import nn
@@ -22,9 +21,10 @@ from transformers import Idefics3ForConditionalGeneration
 class Plan:
     """Steps of each phase and the sizes of a step."""
 
-    vision_steps: int = 700
+    vision_steps: int = 900
     focus_steps: int = 1500
-    steps: int = 6000  # whole model, the focus phase included
+    absence_steps: int = 2500
+    steps: int = 7500  # whole model, focus and absence phases included
     warmup: int = 100
     rows: int = 16
     pictures: int = 48  # a step of the vision phase
@@ -33,10 +33,8 @@ class Plan:
     log_every: int = 100
 
     def scaled(self, share: float) -> Plan:
-        numbers = {
-            k: max(20, round(getattr(self, k) * share)) for k in ("vision_steps", "focus_steps", "steps")
-        }
-        return Plan(**numbers)
+        names = ("vision_steps", "focus_steps", "absence_steps", "steps")
+        return Plan(**{name: max(20, round(getattr(self, name) * share)) for name in names})
 
 
 class Teacher(nn.Module):
@@ -51,10 +49,12 @@ class Teacher(nn.Module):
     def forward(self, seen: torch.Tensor, patches: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
         """seen [N, P, D], patches [N, 3, P], backgrounds [N] -> scalar."""
         losses = [
-            F.cross_entropy(head(seen).flatten(0, 1), patches[:, i].flatten())
+            nn.functional.cross_entropy(head(seen).flatten(0, 1), patches[:, i].flatten())
             for i, head in enumerate(self.heads)
         ]
-        return torch.stack(losses).sum() + 0.5 * F.cross_entropy(self.background(seen.mean(1)), backgrounds)
+        return torch.stack(losses).sum() + 0.5 * nn.functional.cross_entropy(
+            self.background(seen.mean(1)), backgrounds
+        )
 
 
 class Student:
@@ -94,13 +94,13 @@ class Student:
             patches.view(len(patches), 3, side // 2, 2, side // 2, 2).transpose(3, 4).flatten(4).flatten(2, 3)
         )
         table = self.model.model.text_model.embed_tokens.weight
-        seen = F.normalize(features.float(), dim=-1).flatten(0, 1)
+        seen = nn.functional.normalize(features.float(), dim=-1).flatten(0, 1)
         loss = seen.new_zeros(())
         for i, words in enumerate(self.words):
             vectors = torch.stack([table[list(ids)].mean(0) for ids in words])
             target = blocks[:, i].masked_fill(blocks[:, i] == len(words), 99).amin(-1).flatten()
-            scores = 14 * seen @ F.normalize(vectors, dim=-1).T
-            loss = loss + F.cross_entropy(
+            scores = 14 * seen @ nn.functional.normalize(vectors, dim=-1).T
+            loss = loss + nn.functional.cross_entropy(
                 scores, target.masked_fill(target == 99, IGNORE), ignore_index=IGNORE
             )
         return loss
@@ -110,7 +110,8 @@ class Optimizer:
     """Muon for the matrices inside the layers, AdamW for the rest, one schedule for both."""
 
     def __init__(self, modules: list[nn.Module], plan: Plan) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for module in modules:
             for name, weight in module.named_parameters():
                 inner = weight.ndim == 2 and "layers." in name and "embed" not in name
@@ -193,19 +194,23 @@ def _share(step: int, plan: Plan) -> float:
 
 
 def _rows(seed: int, step: int, plan: Plan) -> list[Row]:
-    """Mostly focus rows first, few of them later."""
-    share = 0.75 if step < plan.focus_steps else 0.15
+    """What is there, then what is not there, then everything as it will be asked."""
+    later = step - plan.focus_steps
+    mix, share = (FOCUS, 0.75) if later < 0 else (ABSENCE, 0.45 if later < plan.absence_steps else 0.1)
     rows = []
     for index in range(step * plan.rows, (step + 1) * plan.rows):
         rng = random.Random(row_seed(seed, index, phase=3))
-        rows.append(make_row(rng, FOCUS if rng.random() < share else Mix()))
+        rows.append(make_row(rng, mix if rng.random() < share else Mix()))
     return rows
 
 
-def answer_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Weighted mean over answer tokens: by count alone, lists of JSON would drown every yes and no."""
+def answer_loss(logits: torch.Tensor, batch: Batch, even: bool) -> torch.Tensor:
+    """Mean over answer tokens. Even: long answers, full of what is seen, teach most, as they should at first.
+    Otherwise weighted, or lists of JSON would drown every yes and no."""
     chosen = batch.labels != IGNORE
-    losses = F.cross_entropy(logits, batch.labels[chosen], reduction="none")
+    if even:
+        return nn.functional.cross_entropy(logits, batch.labels[chosen])
+    losses = nn.functional.cross_entropy(logits, batch.labels[chosen], reduction="none")
     return (losses * batch.weights[chosen]).sum() / batch.weights.sum()
 
 
@@ -221,7 +226,8 @@ def fit(student: Student, teacher: Teacher, packer: Packer, plan: Plan, seed: in
         with _autocast():
             seen = student.look(batch.pixels)
             features = model.model.connector(seen)
-            loss = answer_loss(student.logits(batch, features), batch)
+            even = step < plan.focus_steps
+            loss = answer_loss(student.logits(batch, features), batch, even)
             extra = 0.1 * teacher(seen, batch.patches, batch.backgrounds)
             extra = extra + 0.1 * student.alignment(features, batch.patches)
         optimizer.step(loss + fade * extra, _share(step, plan))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,10 +104,10 @@ class Packer:
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text.replace(IMAGE, IMAGE_TEXT)).ids)
 
-    def row(self, row: Row) -> dict[str, list]:
+    def row(self, row: Row) -> dict[str, list[Any]]:
         """Lists of one row: ids, segment (0 shared, 1.. branches), position, answer ids and picture slots."""
         shared, branches = row_pieces(row)
-        out: dict[str, list] = {"ids": [], "segment": [], "position": [], "slot": [], "answers": []}
+        out: dict[str, list[Any]] = {"ids": [], "segment": [], "position": [], "slot": [], "answers": []}
         for segment, pieces in enumerate((shared, *branches)):
             length = sum(len(self.encode(text)) for text, _ in pieces)
             if segment > 1 and len(out["ids"]) + length > MAX_LENGTH:
@@ -114,7 +115,7 @@ class Packer:
             self._append(out, segment, pieces)
         return out
 
-    def _append(self, out: dict[str, list], segment: int, pieces: list[tuple[str, str]]) -> None:
+    def _append(self, out: dict[str, list[Any]], segment: int, pieces: list[tuple[str, str]]) -> None:
         num_shared = out["segment"].count(0)
         seen = sum(slot >= 0 for slot, s in zip(out["slot"], out["segment"], strict=True) if s == 0)
         position = num_shared if segment else 0
@@ -140,7 +141,8 @@ class Packer:
         features[:] = -1
         weights = np.zeros((len(rows), size), np.float32)
         segments = np.full((len(rows), size), -1)
-        answers, pictures = [], []
+        answers: list[tuple[str, torch.Tensor]] = []
+        pictures: list[Picture] = []
         for i, (row, p) in enumerate(zip(rows, packed, strict=True)):
             n = len(p["ids"])
             ids[i, :n], positions[i, :n], segments[i, :n] = p["ids"], p["position"], p["segment"]

@@ -81,17 +81,24 @@ def bind(model: VisionLanguageModel, weights: dict[str, mx.array], dtype: str, p
 def quantize_modules(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
     """Replaces each module whose `.scales` is there by its quantised form (weights still to be bound)."""
     modules = dict(model.named_modules())
-    replaced = []
+    replaced, problems = [], []
     for name in weights:
         path, _, leaf = name.rpartition(".")
         if leaf != "scales":
             continue
         module = modules.get(path)
         if module is None or not hasattr(module, "to_quantized"):
-            raise WeightsError(f"{path} is quantised in the checkpoint, but is no layer that can be")
-        spec = quant_spec(path, module.weight.shape[-1], weights)
+            problems.append(f"{path} is quantised in the checkpoint, but is no layer that can be")
+            continue
+        try:
+            spec = quant_spec(path, module.weight.shape[-1], weights)
+        except WeightsError as error:
+            problems.append(str(error))
+            continue
         quantised = module.to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
         replaced.append((path, quantised))
+    if problems:
+        raise WeightsError("; ".join(sorted(problems)))
     if replaced:
         model.update_modules(tree_unflatten(replaced))
 
@@ -99,13 +106,13 @@ def quantize_modules(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
 def quant_spec(path: str, width: int, weights: Mapping[str, mx.array]) -> QuantSpec:
     """How the module at `path`, whose full input width is `width`, was quantised."""
     packed, scales = weights.get(f"{path}.weight"), weights[f"{path}.scales"]
-    if packed is None or packed.dtype != mx.uint32 or not scales.shape[-1]:
+    if packed is None or packed.dtype != mx.uint32 or packed.ndim != 2 or scales.ndim != 2 or not scales.size:
         raise WeightsError(f"{path} has scales, but no packed weight beside them")
     bits, group = packed.shape[-1] * _PACKED_BITS / width, width / scales.shape[-1]
     if f"{path}.biases" in weights:
         if group in _AFFINE_GROUPS and bits in _AFFINE_BITS:
             return QuantSpec(int(bits), int(group))
-    elif (group, bits) in _FLOAT_MODES:
+    elif (group, bits) in _FLOAT_MODES and scales.dtype == mx.uint8:
         return QuantSpec(int(bits), int(group), _FLOAT_MODES[int(group), int(bits)])
     raise WeightsError(
         f"{path}: weight {tuple(packed.shape)} and scales {tuple(scales.shape)} fit no quantisation of width {width}"
@@ -115,6 +122,10 @@ def quant_spec(path: str, width: int, weights: Mapping[str, mx.array]) -> QuantS
 def expected_bytes(array: mx.array, dtype: mx.Dtype) -> int:
     """Bytes of a tensor once it is bound."""
     return int(array.size * (dtype.size if array.dtype in DTYPES.values() else array.dtype.size))
+
+
+def _kind(array: mx.array) -> str:
+    return "float" if array.dtype in DTYPES.values() else str(array.dtype).removeprefix("mlx.core.")
 
 
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -131,15 +142,19 @@ def _assign(model: nn.Module, name: str, array: mx.array) -> None:
 
 
 def _check(expected: Mapping[str, mx.array], found: Mapping[str, mx.array]) -> None:
+    both = [name for name in expected if name in found]
     wrong = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
+        for name in both
+        if found[name].shape != expected[name].shape
     ]
+    # FP8 arrives as uint8: its bytes would be taken for numbers.
+    mistyped = [f"{name} {_kind(found[name])}" for name in both if _kind(found[name]) != _kind(expected[name])]
     problems = [
         _listed("missing", [name for name in expected if name not in found]),
         _listed("unknown", [name for name in found if name not in expected]),
         _listed("wrongly shaped", wrong),
+        _listed("of a type that can't be used", mistyped),
     ]
     text = "; ".join(problem for problem in problems if problem)
     if text:

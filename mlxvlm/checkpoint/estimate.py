@@ -8,14 +8,31 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxvlm.checkpoint.bind import choose_dtype, expected_bytes
-from mlxvlm.checkpoint.hub import resolve
-from mlxvlm.checkpoint.weights import read_weights
-from mlxvlm.errors import ModelNotFoundError
-from mlxvlm.families import family_of
+from mlxvlm.checkpoint.hub import is_on_disk, resolve
+from mlxvlm.checkpoint.load import DEFAULT_CONTEXT
+from mlxvlm.checkpoint.weights import read_weights, weight_files
+from mlxvlm.errors import ModelError, ModelNotFoundError
+from mlxvlm.families import NONSENSE, family_of, senseless
 from mlxvlm.models.base import KVSpec
 from mlxvlm.processors.files import read_json
 
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+# As mx.load reads them; FP8 arrives as bytes.
+_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "F8_E4M3": mx.uint8,
+    "F8_E8M0": mx.uint8,
+    "U64": mx.uint64,
+    "U32": mx.uint32,
+    "U16": mx.uint16,
+    "U8": mx.uint8,
+    "I64": mx.int64,
+    "I32": mx.int32,
+    "I16": mx.int16,
+    "I8": mx.int8,
+    "BOOL": mx.bool_,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,34 +53,44 @@ def memory_need(model: str, revision: str | None = None, dtype: str = "auto") ->
     if not config:
         raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
     # Building makes lazy arrays only; nothing is allocated until it is evaluated.
-    specs: list[KVSpec] = family_of(config).model_module().build(config).kv_specs
-    is_local = any(folder.glob("*.safetensors"))
-    if is_local:
-        weights = read_weights(folder)
-        target = choose_dtype(dtype, weights)
-        size = sum(expected_bytes(array, target) for array in weights.values())
-    else:
-        target = choose_dtype(dtype, {})
-        size = _hub_bytes(model, revision, target if dtype != "auto" or target == mx.float32 else None)
-    context = (config.get("text_config") or config).get("max_position_embeddings", 0)
+    built = family_of(config).build_model(config)
+    is_local = is_on_disk(model) or _has_weights(folder)
+    weights = read_weights(folder) if is_local else _hub_weights(model, revision)
+    target = choose_dtype(dtype, weights)
+    size = sum(expected_bytes(array, target) for array in built.sanitize(weights).values())
+    specs: list[KVSpec] = built.kv_specs
     per_token = sum(spec.bytes_per_token(target) for spec in specs)
-    return MemoryNeed(str(config["model_type"]), size, per_token, int(context), is_local)
+    try:
+        context = int((config.get("text_config") or config).get("max_position_embeddings", DEFAULT_CONTEXT))
+    except NONSENSE as error:
+        raise senseless(folder / "config.json", error) from error
+    return MemoryNeed(str(config["model_type"]), size, per_token, context, is_local)
 
 
-def _hub_bytes(repository: str, revision: str | None, dtype: mx.Dtype | None) -> int:
-    """Bytes of a repository's tensors from the headers that the hub reads; `dtype` None keeps each one's own."""
+def _has_weights(folder: Path) -> bool:
+    """Whether all of a repository's weight files are in the cache; a broken-off fetch leaves some."""
+    try:
+        return bool(weight_files(folder))
+    except ModelError:
+        return False
+
+
+def _hub_weights(repository: str, revision: str | None) -> dict[str, mx.array]:
+    """A repository's tensors as lazy zeros of their shapes and types, from the headers that the hub reads."""
+    import httpx2
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
         metadata = get_safetensors_metadata(repository, revision=revision)
-    except (HfHubHTTPError, NotASafetensorsRepoError, OSError) as error:
-        raise ModelNotFoundError(f"the hub gives no sizes for {repository}: {str(error).splitlines()[0]}") from error
-    total = 0
-    for kind, count in metadata.parameter_count.items():
-        is_recast = dtype is not None and kind in ("F32", "F16", "BF16")
-        total += int(count) * (dtype.size if is_recast and dtype else _DTYPE_BYTES.get(str(kind), 2))
-    return total
+    except (httpx2.HTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelNotFoundError(f"the hub gives no sizes for {repository}: {reason[0]}") from error
+    return {
+        name: mx.zeros(tensor.shape, _DTYPES.get(str(tensor.dtype), mx.float16))
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
 
 
 def cache_folder() -> Path:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from mlxvlm.errors import ModelError, ModelNotFoundError
+from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
+from mlxvlm.processors.files import read_json
 
 DEMO = "demo"  # the model that ships inside the package
 INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ["*.json", "*.jinja"]
-_REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# An index comes with the checkpoint: a name must not lead out of its folder, be a pattern, or be of another format.
+_SHARD = re.compile(r"[^/\\*?\[\]\x00-\x1f]+\.safetensors")
 
 
 def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -21,23 +26,41 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
     """
     if model == DEMO:
         return Path(__file__).parent.parent / "demo"
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
+    path = os.path.expanduser(model)
+    # os.path, as Path's own questions raise on names that no file can have.
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.isfile(path):
         raise ModelNotFoundError(f"{model} is a file: give the folder that holds config.json and the weights")
-    if not _REPOSITORY.match(model):
+    if not _REPOSITORY.fullmatch(model):
         raise ModelNotFoundError(f"no such model: {model!r} is neither a folder nor a repository id like owner/name")
     return _download(model, revision, weights)
 
 
+def is_on_disk(model: str) -> bool:
+    """Whether resolve() takes `model` as a folder of this machine rather than as a repository."""
+    return model == DEMO or os.path.isdir(os.path.expanduser(model))
+
+
+def shard_names(index: Mapping[str, Any]) -> list[str]:
+    """The files that a weight index names. Raises WeightsError for an index without any, or with an unsafe name."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{INDEX} has no weight_map")
+    names = sorted(set(map(str, weight_map.values())))
+    unsafe = [name for name in names if not _SHARD.fullmatch(name)]
+    if unsafe:
+        raise WeightsError(f"{INDEX} names files that are no safetensors beside it: {', '.join(map(repr, unsafe))}")
+    return names
+
+
 def _download(repository: str, revision: str | None, weights: bool) -> Path:
     """Only what is needed: the small files first, then the weight files that the index (or the lack of one) names."""
+    import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -50,8 +73,9 @@ def _download(repository: str, revision: str | None, weights: bool) -> Path:
             snapshot_download(repository, revision=revision, allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"])
         )
         if weights:
+            # The same commit, should the branch move in between; the cache names its folders by commit.
             patterns = _weight_patterns(folder)
-            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+            snapshot_download(repository, revision=folder.name, allow_patterns=patterns, ignore_patterns=["*/*"])
         return folder
     except GatedRepoError as error:
         raise ModelNotFoundError(
@@ -67,17 +91,12 @@ def _download(repository: str, revision: str | None, weights: bool) -> Path:
         raise ModelNotFoundError(
             f"{repository} is not in the local cache and the hub can't be reached; check the connection"
         ) from error
-    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
+    except (httpx2.HTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{repository} can't be fetched: {reason[0]}") from error
 
 
 def _weight_patterns(folder: Path) -> list[str]:
     """The shards of the index; without one, every safetensors file that is not another runtime's format."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is damaged: {error}") from error
-    return ["model*.safetensors", "weights*.safetensors"]
+    index = read_json(folder / INDEX)
+    return shard_names(index) if index else ["model*.safetensors", "weights*.safetensors"]

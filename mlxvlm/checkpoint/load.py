@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlxvlm.checkpoint.hub import resolve
-from mlxvlm.errors import ModelError, ModelNotFoundError
-from mlxvlm.families import Family, family_of
+from mlxvlm.errors import ModelNotFoundError
+from mlxvlm.families import NONSENSE, Family, family_of, senseless
 from mlxvlm.processors.base import Processor
 from mlxvlm.processors.files import ProcessorFiles, read_json
 
@@ -36,15 +36,15 @@ class GenerationDefaults:
             eos = source.get("eos_token_id")
             if eos is not None:
                 break
-        ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        ids = frozenset(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos]))
         if not generation.get("do_sample", False):
             return cls(ids)
         return cls(
             ids,
-            temperature=generation.get("temperature") or 1.0,
-            top_p=generation.get("top_p") or 1.0,
-            top_k=generation.get("top_k") or 0,
-            repetition_penalty=generation.get("repetition_penalty") or 1.0,
+            temperature=float(generation.get("temperature") or 1.0),
+            top_p=float(generation.get("top_p") or 1.0),
+            top_k=int(generation.get("top_k") or 0),
+            repetition_penalty=float(generation.get("repetition_penalty") or 1.0),
         )
 
 
@@ -66,7 +66,7 @@ class ModelSource:
         from mlxvlm.checkpoint.weights import read_weights
 
         weights = read_weights(self.folder)
-        model = self.family.model_module().build(self.config)
+        model = self.family.build_model(self.config)
         bind(model, weights, dtype, progress)
         return model
 
@@ -78,12 +78,12 @@ def open_model(name: str, *, revision: str | None = None, chat_template: Path | 
     if not config:
         raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
     family = family_of(config)
-    files = ProcessorFiles.read(folder, config, chat_template)
-    text_config = config.get("text_config") or config
     try:
+        files = ProcessorFiles.read(folder, config, chat_template)
+        text_config = config.get("text_config") or config
         processor = cast(Processor, family.processor_module().build(files))
         max_context = int(text_config.get("max_position_embeddings", DEFAULT_CONTEXT))
         defaults = GenerationDefaults.from_configs(read_json(folder / "generation_config.json"), config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder} has a config that makes no sense: {type(error).__name__}: {error}") from error
+    except NONSENSE as error:
+        raise senseless(f"a config in {folder}", error) from error
     return ModelSource(name, folder, config, family, processor, defaults, max_context)

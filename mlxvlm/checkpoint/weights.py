@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxvlm.checkpoint.hub import INDEX
+from mlxvlm.checkpoint.hub import INDEX, shard_names
 from mlxvlm.errors import ModelError, WeightsError
 from mlxvlm.processors.files import read_json
 
@@ -19,14 +19,11 @@ _LFS_POINTER = b"version https://git-lfs"
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: the index's shards, else those that lie in the folder.
 
-    Raises WeightsError naming each missing shard, ModelError if there are no weights at all.
+    Raises WeightsError naming each missing or unsafe shard, ModelError if there are no weights at all.
     """
     index = read_json(folder / INDEX)
     if index:
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise WeightsError(f"{folder / INDEX} has no weight_map")
-        files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+        files = [folder / name for name in shard_names(index)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise WeightsError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}")

@@ -60,6 +60,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._scheduler = Scheduler(config.max_rows)
         self._open: dict[int, Sequence] = {}  # every sequence that has not ended
+        self._lock = threading.Lock()  # nothing opens once closing has begun
         self._pending: Step | None = None
         self._closing = threading.Event()
         self._loaded: Future[None] = Future()
@@ -76,13 +77,14 @@ class Engine:
 
     def submit(self, request: Request) -> Stream:
         """Starts a request. Raises UsageError for a bad parameter; all later errors come through the stream."""
-        request.sampling.check(self._runner.model.vocab_size)
-        if self._closing.is_set() or not self._thread.is_alive():
-            raise EngineClosedError("the engine is closed")
+        request.sampling.check(self._vocab_size)
         stream = Stream(lambda: self._commands.put(partial(self._cancel, sequence)))
         sequence = Sequence(request, stream)
-        self._commands.put(partial(self._open.__setitem__, sequence.id, sequence))
-        prepared = self._pool.submit(_prepare, self.processor, request)
+        with self._lock:
+            if self._closing.is_set():
+                raise EngineClosedError("the engine is closed")
+            self._open[sequence.id] = sequence
+            prepared = self._pool.submit(_prepare, self.processor, request)
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
         return stream
 
@@ -96,6 +98,8 @@ class Engine:
 
     def close(self) -> None:
         """Ends every request with EngineClosedError, frees the model and waits for the thread."""
+        with self._lock:
+            self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._finalizer()
 
@@ -126,6 +130,7 @@ class Engine:
         try:
             device.configure()
             self._runner = ModelRunner(build(report))
+            self._vocab_size = self._runner.model.vocab_size
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             self._loaded.set_exception(error)
             return False
@@ -133,6 +138,8 @@ class Engine:
         return True
 
     def _shut_down(self) -> None:
+        with self._lock:
+            self._closing.set()
         for sequence in list(self._open.values()):
             sequence.fail(EngineClosedError("the engine was closed"))
         self._open.clear()
@@ -155,7 +162,7 @@ class Engine:
     def _tick(self) -> None:
         self._scheduler.admit()
         decoding = self._scheduler.decoding
-        self._guarded(decoding, partial(self._decode, decoding))
+        self._decode(decoding)
         unit = self._scheduler.next_unit()
         if unit is not None:
             self._guarded([unit], partial(self._advance, unit, bool(decoding)))
@@ -167,17 +174,22 @@ class Engine:
             work()
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             failure = _as_failure(error)
-            self._pending = None
             for sequence in sequences:
                 sequence.fail(failure)
                 self._forget(sequence)
 
     def _decode(self, decoding: list[Sequence]) -> None:
-        previous = self._pending
-        running = bool(self._runner.batch.groups)
-        self._pending = self._runner.decode(decoding, previous) if running else None
+        """Starts a step, then reads the one before: some of its rows may have had their last in it."""
+        previous, self._pending = self._pending, None
+        owners = set(self._runner.batch.owners)
+        if owners:
+            rows = [sequence for sequence in decoding if sequence.id in owners]
+            self._guarded(rows, partial(self._launch, rows, previous))
         if previous is not None:
-            self._deliver(previous)
+            self._guarded(previous.rows, partial(self._deliver, previous))
+
+    def _launch(self, rows: list[Sequence], previous: Step | None) -> None:
+        self._pending = self._runner.decode(rows, previous)
 
     def _deliver(self, step: Step) -> None:
         """Reads a step and hands its tokens out; rows that ended in the meantime are passed over."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 class StopMatcher:
     """Passes text on as soon as it can't be the beginning of a stop string any more.
 
-    A stop string may spread over any number of pieces; it and what follows are never passed on.
+    A stop string may spread over any number of pieces; it and what follows are never passed on. Of several, the one
+    that is complete first counts, so that the pieces don't matter.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -21,10 +22,10 @@ class StopMatcher:
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         self._held += text
-        first = min((at for at in map(self._held.find, self._stops) if at >= 0), default=-1)
-        if first >= 0:
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            passed, self._held = self._held[:first], ""
+            passed, self._held = self._held[: min(found)[1]], ""
             return passed
         keep = self._possible_start()
         passed = self._held[: len(self._held) - keep]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -26,6 +26,23 @@ class KVSpec:
 
     def bytes_per_token(self, dtype: mx.Dtype) -> int:
         return 2 * self.num_kv_heads * self.head_dim * int(dtype.size)
+
+
+def check_numbers(config: Any) -> None:
+    """Raises ValueError naming each int or float field of a config dataclass that is no positive number.
+
+    Token ids may be 0. Layers take some wrong values without a word and fail, or answer nonsense, on the first request.
+    """
+    wrong = []
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.type not in ("int", "float"):
+            continue
+        is_number = isinstance(value, int | float) if entry.type == "float" else isinstance(value, int)
+        if not is_number or isinstance(value, bool) or value < 0 or (value == 0 and not entry.name.endswith("_id")):
+            wrong.append(f"{entry.name} {value!r}")
+    if wrong:
+        raise ValueError(f"no positive number: {', '.join(wrong)}")
 
 
 class Cache(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.models.base import Cache, KVSpec
+from mlxvlm.models.base import Cache, KVSpec, check_numbers
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
 from mlxvlm.models.rope import RoPE, rope_parameters
 
@@ -34,6 +34,11 @@ class DecoderConfig:
     hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} heads can't share {self.num_key_value_heads} kv heads")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], rms_norm_eps: float = 1e-6) -> DecoderConfig:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, merge_features
+from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, check_numbers, merge_features
 from mlxvlm.models.decoder import Decoder, DecoderConfig
 from mlxvlm.models.vit import EncoderLayer, to_channels_last
 from mlxvlm.processors.base import PreparedImage, Prompt
@@ -35,6 +35,11 @@ class VisionConfig:
     patch_size: int = 32
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"vision width {self.hidden_size} can't be split into {self.num_attention_heads} heads")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VisionConfig:
@@ -55,6 +60,11 @@ class Config:
     image_token_id: int
     scale_factor: int
     tie_word_embeddings: bool
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.vision.grid % self.scale_factor:
+            raise ValueError(f"{self.vision.grid} patches a side can't be shuffled by scale_factor {self.scale_factor}")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:

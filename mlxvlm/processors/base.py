@@ -66,7 +66,9 @@ def place_images(message: Message, marker: str) -> tuple[Part, ...]:
     Where the text holds exactly as many markers as the turn has pictures, the markers win and the pictures' own
     places are given up; else the parts stay as they are.
     """
-    if not message.images or message.text.count(marker) != len(message.images):
+    # Counted within each part: a marker that only two parts together spell has no place of its own.
+    found = sum(part.text.count(marker) for part in message.parts if isinstance(part, TextPart))
+    if not message.images or found != len(message.images):
         return message.parts
     images = iter(message.images)
     placed: list[Part] = []

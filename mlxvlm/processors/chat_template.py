@@ -19,6 +19,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mlxvlm.errors import ModelError, TemplateError
 
 
+# What a template's expressions raise while they run.
+_RENDER_ERRORS = (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError, MemoryError)
+
+
 class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's text for training; here it only passes its content through."""
 
@@ -67,7 +71,7 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:  # the last two: from Python's compiler
             raise ModelError(f"the chat template has a syntax error: {_reason(error)}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
@@ -77,11 +81,13 @@ class ChatTemplate:
             return self._template.render(messages=messages, **context)
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses these messages: {_reason(error)}") from error
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
+        except _RENDER_ERRORS as error:
             kind = type(error).__name__
-            raise TemplateError(f"the chat template fails on these messages: {kind}: {error}") from error
+            raise TemplateError(f"the chat template fails on these messages: {kind}: {_reason(error)}") from error
 
 
-def _reason(error: jinja2.TemplateError) -> str:
-    line = getattr(error, "lineno", None)
-    return f"{error.message or type(error).__name__}" + (f" (line {line})" if line else "")
+def _reason(error: Exception) -> str:
+    """The error's words on one line."""
+    line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
+    words = getattr(error, "message", None) or getattr(error, "msg", None) or str(error) or type(error).__name__
+    return " ".join(words.split()) + (f" (line {line})" if line else "")

@@ -65,7 +65,7 @@ def _template_of(folder: Path, processor: Mapping[str, Any], tokenizer_config: M
     candidates = (
         processor.get("chat_template"),
         read_json(folder / "chat_template.json").get("chat_template"),
-        jinja.read_text(encoding="utf-8") if jinja.is_file() else None,
+        _read_text(jinja) if jinja.is_file() else None,
         tokenizer_config.get("chat_template"),
     )
     for candidate in candidates:
@@ -96,6 +96,10 @@ def _template_file(path: Path) -> str:
         if source is None:
             raise ModelError(f"{path} has no 'chat_template'")
         return source
+    return _read_text(path)
+
+
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -123,8 +123,7 @@ class Idefics3Processor:
             do_normalize=config.get("do_normalize", True),
         )
         for token in (FAKE, IMAGE, END_OF_UTTERANCE):
-            if self.tokenizer.token_id(token) is None:
-                self.tokenizer.add_special(token)
+            self.tokenizer.add_special(token)
         image_token_id = self.tokenizer.token_id(IMAGE)
         assert image_token_id is not None
         self.image_token_id = image_token_id

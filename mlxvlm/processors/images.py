@@ -15,6 +15,8 @@ import struct
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +37,17 @@ _DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
-    KeyError,
+    LookupError,
     TypeError,
-    OverflowError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
-_CHUNK_BYTES = 1 << 16
+# Pillow reads many more, among them EPS, which it gives to Ghostscript to run.
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO")
+_HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +69,16 @@ def load_image(source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image
     Raises ImageError with one line that names the source.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
+        with _decoding("the image", limits):  # it may be a file that is not read yet
+            _check_pixels(source, "the image", limits)
+            return _to_rgb(source, "the image")
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return decode_image(bytes(source), "the image data", limits)
     if isinstance(source, os.PathLike):
-        return _from_path(Path(source), str(source), limits)
+        path = os.fsdecode(source)
+        return _from_path(Path(path), path, limits)
     if isinstance(source, str):
         return _from_text(source, limits)
     raise ImageError(f"an image can't be a {type(source).__name__}: give a path, URL, base64 text, bytes or picture")
@@ -81,17 +88,28 @@ def decode_image(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -
     """An RGB image from the bytes of a file; `name` stands for it in errors."""
     if not data:
         raise ImageError(f"{name} is empty")
-    _register_heic(data, name)
+    if len(data) > limits.max_bytes:
+        raise _too_large(name, limits)
+    formats = ("HEIF", *_FORMATS) if _register_heic(data, name) else _FORMATS
+    with _decoding(name, limits), Image.open(io.BytesIO(data), formats=formats) as image:
+        _check_pixels(image, name, limits)
+        image.load()
+        return _to_rgb(image, name)
+
+
+def _check_pixels(image: Image.Image, name: str, limits: ImageLimits) -> None:
+    if image.width * image.height > limits.max_pixels:
+        raise ImageError(
+            f"{name} is {image.width} x {image.height} pixels, more than the limit of {limits.max_pixels:,} in all; "
+            "make it smaller first"
+        )
+
+
+@contextmanager
+def _decoding(name: str, limits: ImageLimits) -> Iterator[None]:
+    """What Pillow raises, as ImageError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                raise ImageError(
-                    f"{name} is {width} x {height} pixels, more than the limit of {limits.max_pixels:,} in all; "
-                    "make it smaller first"
-                )
-            image.load()
-            return _to_rgb(image, name)
+        yield
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image in a format that can be read (PNG, JPEG, WebP, GIF ...)") from error
     except Image.DecompressionBombError as error:
@@ -99,7 +117,7 @@ def decode_image(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -
     except MemoryError as error:
         raise ImageError(f"{name} does not fit into memory") from error
     except _DECODE_ERRORS as error:
-        raise ImageError(f"{name} is damaged or truncated: {error}") from error
+        raise ImageError(f"{name} is damaged or truncated: {_reason(error)}") from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -112,7 +130,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_wide_grey(image)
     if transparent:
-        layer = image.convert("RGBA")
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, layer).convert("RGB")
     return image.convert("RGB")
@@ -139,24 +157,36 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
 
 
 def _from_text(source: str, limits: ImageLimits) -> Image.Image:
+    if not source.strip():
+        raise ImageError("the image's source is an empty text")
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://")):
         return decode_image(_fetch(source, limits), _short(source), limits)
     if scheme.startswith("data:"):
         return decode_image(_data_url(source, limits), "the data: URL", limits)
     if scheme.startswith("file://"):
-        return _from_path(Path(url2pathname(unquote(urlparse(source).path))), source, limits)
-    path = Path(source).expanduser()
+        return _from_path(_file_url_path(source), source, limits)
+    path = Path(source)
     try:
+        path = path.expanduser()
         is_file = path.exists()
-    except (OSError, ValueError):  # too long for a path, or a NUL inside
+    except (OSError, ValueError, RuntimeError):  # too long for a path, a NUL inside, nobody's home
         is_file = False
     if is_file:
         return _from_path(path, source, limits)
     data = _base64(source, limits)
     if data is None:
         raise ImageError(f"no such image file: {_short(source)}")
-    return decode_image(data, "the base64 text", limits)
+    # "photos/cat" is base64 as well as a path.
+    name = "the base64 text" if len(source) > 255 else f"{_short(source)} (no such file, so read as base64)"
+    return decode_image(data, name, limits)
+
+
+def _file_url_path(url: str) -> Path:
+    try:
+        return Path(url2pathname(urlparse(url).path))  # url2pathname also decodes %20
+    except ValueError as error:
+        raise ImageError(f"{_short(url)} is not a valid file URL: {_reason(error)}") from error
 
 
 def _from_path(path: Path, name: str, limits: ImageLimits) -> Image.Image:
@@ -164,13 +194,12 @@ def _from_path(path: Path, name: str, limits: ImageLimits) -> Image.Image:
     try:
         if path.is_dir():
             raise ImageError(f"{name} is a folder, not an image")
-        if path.stat().st_size > limits.max_bytes:
-            raise ImageError(f"{name} is larger than the limit of {limits.max_bytes >> 20} MiB")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(limits.max_bytes + 1)  # a device or a pipe tells no size, and may have no end
     except FileNotFoundError as error:
         raise ImageError(f"no such image file: {name}") from error
     except (OSError, ValueError) as error:
-        raise ImageError(f"{name} can't be read: {error}") from error
+        raise ImageError(f"{name} can't be read: {_reason(error)}") from error
     return decode_image(data, name, limits)
 
 
@@ -179,7 +208,7 @@ def _data_url(source: str, limits: ImageLimits) -> bytes:
     if not comma:
         raise ImageError("the data: URL has no comma, so no data")
     if not header.lower().rstrip().endswith(";base64"):
-        return unquote_to_bytes(payload)
+        return unquote_to_bytes(payload.encode(errors="replace"))
     data = _base64(unquote(payload), limits)
     if data is None:
         raise ImageError("the data: URL is not valid base64")
@@ -189,7 +218,7 @@ def _data_url(source: str, limits: ImageLimits) -> bytes:
 def _base64(text: str, limits: ImageLimits) -> bytes | None:
     """Decoded bytes, None for text that is not base64. Line breaks and the URL-safe alphabet are accepted."""
     if len(text) > limits.max_bytes * 4 // 3 + 4:
-        raise ImageError(f"the base64 text is larger than the limit of {limits.max_bytes >> 20} MiB")
+        raise _too_large("the base64 text", limits)
     compact = re.sub(r"\s+", "", text).translate(str.maketrans("-_", "+/"))
     if not compact:
         return None
@@ -207,35 +236,55 @@ def _fetch(url: str, limits: ImageLimits) -> bytes:
     name = _short(url)
     data = bytearray()
     try:
-        with (
-            httpx2.Client(
-                follow_redirects=True, max_redirects=limits.max_redirects, timeout=limits.timeout_s
-            ) as client,
+        with httpx2.Client(timeout=limits.timeout_s) as client:
             # Some hosts (Wikimedia among them) refuse a client that gives no name.
-            client.stream("GET", url, headers={"User-Agent": "mlxvlm (image fetch)"}) as response,
-        ):
-            if response.status_code >= 400:
-                raise ImageError(f"{name} can't be fetched: HTTP {response.status_code}")
-            for chunk in response.iter_bytes(_CHUNK_BYTES):
-                data += chunk
-                if len(data) > limits.max_bytes:
-                    raise ImageError(f"{name} is larger than the limit of {limits.max_bytes >> 20} MiB")
-                if time.monotonic() > deadline:
-                    raise ImageError(f"{name} took longer than {limits.timeout_s:g} s")
-    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-        raise ImageError(f"{name} can't be fetched: {str(error) or type(error).__name__}") from error
-    return bytes(data)
+            request = client.build_request("GET", url, headers={"User-Agent": "mlxvlm (image fetch)"})
+            # Redirects by hand: the client would read the body of each, however long.
+            for _ in range(limits.max_redirects + 1):
+                with closing(client.send(request, stream=True)) as response:
+                    if response.next_request is not None:
+                        request = response.next_request
+                        _check_deadline(deadline, name, limits)
+                        continue
+                    if response.status_code >= 300:
+                        raise ImageError(f"{name} can't be fetched: HTTP {response.status_code}")
+                    for chunk in response.iter_bytes():  # as it comes: a set size would wait until it is full
+                        data += chunk
+                        if len(data) > limits.max_bytes:
+                            raise _too_large(name, limits)
+                        _check_deadline(deadline, name, limits)
+                    return bytes(data)
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+        raise ImageError(f"{name} can't be fetched: {_reason(error)}") from error
+    raise ImageError(f"{name} can't be fetched: more than {limits.max_redirects} redirects")
 
 
-def _register_heic(data: bytes, name: str) -> None:
-    """iPhone pictures: decoded when the optional `pi-heif` package is there, else named with the remedy."""
-    if data[4:8] != b"ftyp" or data[8:12] not in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis"):
-        return
+def _check_deadline(deadline: float, name: str, limits: ImageLimits) -> None:
+    if time.monotonic() > deadline:
+        raise ImageError(f"{name} took longer than {limits.timeout_s:g} s")
+
+
+def _register_heic(data: bytes, name: str) -> bool:
+    """Whether these are iPhone pictures; needs the optional `pi-heif` package, else an error names the remedy."""
+    # Brands: [8:12] the file's own, from 16 on those it is compatible with; AVIF shares "mif1".
+    if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS or b"avif" in data[16:48]:
+        return False
     try:
         from pi_heif import register_heif_opener
     except ImportError as error:
         raise ImageError(f"{name} is a HEIC picture: pip install 'mlxvlm[heic]', or save it as JPEG") from error
     register_heif_opener()
+    return True
+
+
+def _too_large(name: str, limits: ImageLimits) -> ImageError:
+    return ImageError(f"{name} is larger than the limit of {limits.max_bytes / (1 << 20):g} MiB")
+
+
+def _reason(error: Exception) -> str:
+    """An error's own words on one line, without a file name that the line already has."""
+    words = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return _short(" ".join(words.split()))
 
 
 def _short(text: str, limit: int = 120) -> str:

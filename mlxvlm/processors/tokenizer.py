@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from mlxvlm.errors import ModelError
+from mlxvlm.errors import InputError, ModelError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -43,18 +43,28 @@ class Tokenizer:
             if isinstance(token, str):
                 special[name] = token
         tokenizer = cls(backend, special)
-        tokenizer._add_missing(config.get("added_tokens_decoder") or {})
+        tokenizer._add_missing(config)
         return tokenizer
 
-    def _add_missing(self, added: Mapping[str, Mapping[str, Any]]) -> None:
-        """Tokens that only tokenizer_config.json names; transformers adds them too, in the order of their ids."""
+    def _add_missing(self, config: Mapping[str, Any]) -> None:
+        """Tokens that only tokenizer_config.json names, in transformers' order: by id, named ones, extra ones."""
+        added = config.get("added_tokens_decoder") or {}
         for _, token in sorted(added.items(), key=lambda item: int(item[0])):
-            if self.token_id(token["content"]) is None:
-                self.add_special(token["content"])
+            special = token.get("special", False) or token["content"] in self.special_tokens.values()
+            flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+            self._add(tokenizers.AddedToken(token["content"], special=special, **flags))
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        for token in [*self.special_tokens.values(), *(extra.values() if isinstance(extra, Mapping) else extra)]:
+            self.add_special(token["content"] if isinstance(token, Mapping) else token)
+
+    def _add(self, token: tokenizers.AddedToken) -> None:
+        known = self.backend.get_added_tokens_decoder().values()
+        if token.content not in {other.content for other in known}:
+            self.backend.add_tokens([token])
 
     def add_special(self, token: str) -> int:
-        """The id of a special token, added at the end of the vocabulary if the file lacks it."""
-        self.backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        """The id of a special token. Added at the end of the vocabulary if missing; never split in a text again."""
+        self._add(tokenizers.AddedToken(token, normalized=False, special=True))
         token_id = self.token_id(token)
         assert token_id is not None
         return token_id
@@ -66,7 +76,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; with add_special_tokens as the checkpoint's post-processor says (BOS ...)."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # how the Rust side refuses what UTF-8 can't hold
+            raise InputError("the text holds half of a surrogate pair, which is no character: remove it") from error
         return ids
 
     def encode_prompt(self, rendered: str) -> list[int]:

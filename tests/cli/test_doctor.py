@@ -1,0 +1,51 @@
+"""`mlxvlm doctor`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mlxvlm import __version__
+from mlxvlm.cli import main
+from mlxvlm.cli.options import size_text
+from tests.golden import GOLDENS
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_the_machine(capsys: Capture) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for row in ("mlxvlm", "python", "platform", "mlx", "device", "memory", "hub cache"):
+        assert re.search(rf"^{row} +\S", out, re.MULTILINE)
+    assert __version__ in out
+
+
+def test_a_model(capsys: Capture) -> None:
+    model = GOLDENS / "idefics3_split"
+    stored = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert main(["doctor", "-m", str(model), "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    weights = re.search(r"^weights +([\d.]+) kB", out, re.MULTILINE)
+    assert weights
+    # float16 on disk with a small header, float32 in memory
+    assert 1.7 * stored < float(weights[1]) * 1e3 < 2 * stored
+    assert re.search(r"2048 tokens +[\d.]+ [kMG]B with the weights: fits", out)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "not a name"])
+def test_a_model_that_is_not_there(name: str, capsys: Capture) -> None:
+    assert main(["doctor", "-m", name]) == 4
+    assert capsys.readouterr().err.startswith("mlxvlm: error: no such model")
+
+
+def test_a_folder_that_is_no_model(capsys: Capture, tmp_path: Path) -> None:
+    assert main(["doctor", "-m", str(tmp_path)]) == 4
+    assert "no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "text"), [(512, "0.5 kB"), (2.5e6, "2.50 MB"), (4.49e9, "4.49 GB")])
+def test_sizes_read_well(size: float, text: str) -> None:
+    assert size_text(size) == text

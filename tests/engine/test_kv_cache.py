@@ -1,0 +1,204 @@
+"""Grouped rows against rows kept apart, each with its own plain attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxvlm.engine import kv_cache
+from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass, capacity_for, length_class
+from mlxvlm.models.base import KVSpec
+
+HEADS, DIM = 4, 8
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a few tokens already grow, change class and share groups."""
+    monkeypatch.setattr(kv_cache, "_STEP", 4)
+    monkeypatch.setattr(kv_cache, "_SHORT", 8)
+
+
+class PlainRow:
+    """The slow twin: one row's keys and values in full, attention by the book."""
+
+    def __init__(self, spec: KVSpec) -> None:
+        self.spec = spec
+        self.keys = np.zeros((spec.num_kv_heads, 0, DIM))
+        self.values = np.zeros((spec.num_kv_heads, 0, DIM))
+
+    def attend(self, queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """[H, L, Dh], [K, L, Dh] -> [H, L, Dh]."""
+        first = self.keys.shape[1]
+        self.keys = np.concatenate([self.keys, keys], axis=1)
+        self.values = np.concatenate([self.values, values], axis=1)
+        out = np.zeros_like(queries)
+        for head in range(HEADS):
+            kv = head * self.spec.num_kv_heads // HEADS
+            for step in range(queries.shape[1]):
+                position = first + step
+                seen = [p for p in range(position + 1) if self.sees(position, p)]
+                scores = self.keys[kv, seen] @ queries[head, step] * DIM**-0.5
+                weights = np.exp(scores - scores.max())
+                out[head, step] = weights / weights.sum() @ self.values[kv, seen]
+        return out
+
+    def sees(self, query: int, key: int) -> bool:
+        spec = self.spec
+        in_window = spec.window is None or key > query - spec.window
+        return in_window and (spec.chunk is None or key // spec.chunk == query // spec.chunk)
+
+
+class Pair:
+    """A KVBatch and the plain rows it must equal."""
+
+    def __init__(self, specs: list[KVSpec], seed: int) -> None:
+        self.specs = specs
+        self.batch = KVBatch()
+        self.plain: dict[int, list[PlainRow]] = {}
+        self.random = np.random.default_rng(seed)
+
+    def draw(self, spec: KVSpec, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shapes = ((HEADS, new, DIM), (spec.num_kv_heads, new, DIM), (spec.num_kv_heads, new, DIM))
+        q, k, v = (self.random.standard_normal(shape).astype(np.float32) for shape in shapes)
+        return q, k, v
+
+    def forward(self, step: KVPass, owners: list[int], new: int) -> None:
+        for layer, spec in enumerate(self.specs):
+            rows = [self.draw(spec, new) for _ in owners]
+            q, k, v = (mx.array(np.stack(parts)) for parts in zip(*rows, strict=True))
+            ours = np.array(step.layers[layer].attend(q, k, v, DIM**-0.5))
+            for i, owner in enumerate(owners):
+                assert np.abs(ours[i] - self.plain[owner][layer].attend(*rows[i])).max() < 1e-5
+        step.commit()
+
+    def join(self, owner: int, chunks: list[int]) -> None:
+        row = KVGroup.single(self.specs, owner)
+        self.plain[owner] = [PlainRow(spec) for spec in self.specs]
+        for chunk in chunks:
+            self.forward(KVPass([row], chunk), [owner], chunk)
+        self.batch.join(row)
+
+    def decode(self) -> None:
+        if self.batch.groups:
+            step = self.batch.forward()
+            self.forward(step, self.batch.owners, 1)
+
+    def remove(self, owner: int) -> None:
+        self.batch.remove(owner)
+        del self.plain[owner]
+
+    def check(self) -> None:
+        assert sorted(self.batch.owners) == sorted(self.plain)
+        for group in self.batch.groups:
+            assert len(group.owners) == len(group.lengths)
+            for owner, length in zip(group.owners, group.lengths, strict=True):
+                assert length == self.plain[owner][0].keys.shape[1]
+
+
+SPECS = {
+    "full": [KVSpec(2, DIM)] * 2,
+    "window": [KVSpec(1, DIM, window=5)],
+    "chunk": [KVSpec(4, DIM, chunk=6), KVSpec(4, DIM)],
+}
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("join"), st.lists(st.integers(1, 9), max_size=3)),
+        st.tuples(st.just("decode"), st.integers(1, 6)),
+        st.tuples(st.just("remove"), st.integers(0, 9)),
+    ),
+    max_size=14,
+)
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
+@settings(max_examples=40, deadline=None)
+@given(operations=OPERATIONS, seed=st.integers(0, 1000))
+def test_rows_that_come_and_go_equal_rows_alone(
+    specs: list[KVSpec], operations: list[tuple[str, Any]], seed: int
+) -> None:
+    pair = Pair(specs, seed)
+    for count, (name, value) in enumerate(operations):
+        if name == "join":
+            pair.join(count, value)
+        elif name == "remove" and pair.plain:
+            pair.remove(list(pair.plain)[value % len(pair.plain)])
+        elif name == "decode":
+            for _ in range(value):
+                pair.decode()
+        pair.check()
+
+
+def test_a_row_that_outgrows_its_group_leaves_it() -> None:
+    pair = Pair([KVSpec(2, DIM)], 0)
+    pair.join(0, [7])
+    pair.join(1, [2])
+    assert len(pair.batch.groups) == 1
+    for _ in range(4):
+        pair.decode()
+    assert sorted(group.owners for group in pair.batch.groups) == [[0], [1]]
+    pair.remove(0)
+    pair.decode()
+    assert pair.batch.owners == [1]
+
+
+def test_an_uncommitted_pass_leaves_no_trace() -> None:
+    pair = Pair([KVSpec(2, DIM)], 0)
+    pair.join(0, [3])
+    failed = pair.batch.forward()
+    failed.layers[0].attend(*(mx.ones((1, heads, 1, DIM)) for heads in (HEADS, 2, 2)), 1.0)
+    pair.decode()
+    pair.check()
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 1000, 4096, 4097, 100_000])
+def test_capacity_holds_the_length_and_little_more(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(kv_cache, "_STEP", 256)
+    capacity = capacity_for(length)
+    assert length <= capacity <= max(length + 256, 1.25 * length)
+
+
+def test_one_long_row_does_not_pad_the_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_STEP", 256)
+    monkeypatch.setattr(kv_cache, "_SHORT", 512)
+    specs = [KVSpec(1, 4)]
+    batch = KVBatch()
+    lengths = [4095, *[15] * 7]
+    for owner, length in enumerate(lengths):
+        row = KVGroup.single(specs, owner)
+        step = KVPass([row], length)
+        mx.eval(step.layers[0].attend(*(mx.zeros((1, 1, length, 4)) for _ in range(3)), 1.0))
+        step.commit()
+        batch.join(row)
+    real = sum(lengths) * specs[0].bytes_per_token(mx.float32)
+    assert batch.nbytes < 1.6 * real  # a padded rectangle of these rows takes 7.8 times
+
+
+def test_classes_double() -> None:
+    assert length_class(3) == length_class(7)
+    assert length_class(8) == length_class(15) == length_class(7) + 1
+
+
+def test_writes_after_a_view_do_not_copy_the_buffer() -> None:
+    """A decode loop's peak stays at its buffers plus one step's activations."""
+    spec = KVSpec(8, 64)
+    row = KVGroup.single([spec], 0)
+    batch = KVBatch()
+    step = KVPass([row], 1000)
+    mx.eval(step.layers[0].attend(*(mx.zeros((1, 8, 1000, 64)) for _ in range(3)), 1.0))
+    step.commit()
+    batch.join(row)
+    mx.eval(row.arrays)
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(3):
+        forward = batch.forward()
+        mx.eval(forward.layers[0].attend(*(mx.ones((1, 8, 1, 64)) for _ in range(3)), 1.0))
+        forward.commit()
+    assert mx.get_peak_memory() - held < batch.nbytes / 4
