@@ -97,7 +97,7 @@ class FakeModel:
         embeds = self._embed(mx.array(prompt.token_ids)[None])
         return Inputs(merge_features(embeds, prompt, IMAGE, features))
 
-    def embed_tokens(self, token_ids: mx.array, rows: RowState) -> Inputs:
+    def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
         return Inputs(self._embed(token_ids))
 
     def _embed(self, ids: mx.array) -> mx.array:

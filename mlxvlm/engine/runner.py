@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.engine.sampler import Sampled, sample
 from mlxvlm.engine.sequence import Phase, Sequence
-from mlxvlm.models.base import RowState, VisionLanguageModel
+from mlxvlm.models.base import VisionLanguageModel
 
 # Pixels that go through the tower at once: 16 frames of 512 x 512 x 3. More saves little and costs memory.
 _VISION_BATCH = 16 * 512 * 512 * 3
@@ -51,6 +51,8 @@ class ModelRunner:
         if sequence.inputs is None or sequence.kv is None:
             sequence.inputs = self.model.embed_prompt(sequence.prompt, sequence.features)
             sequence.features = []
+            if sequence.inputs.rows:
+                sequence.state = sequence.inputs.rows[0]
             sequence.kv = KVGroup.single(self.model.kv_specs, sequence.id)
         start, end = sequence.prefilled, min(sequence.prefilled + budget, sequence.prefill_length)
         if end > start:
@@ -70,7 +72,7 @@ class ModelRunner:
         by_id = {sequence.id: sequence for sequence in sequences}
         forward = self.batch.forward()
         rows = [by_id[owner] for owner in self.batch.owners]
-        inputs = self.model.embed_tokens(_last_tokens(rows, previous), RowState())
+        inputs = self.model.embed_tokens(_last_tokens(rows, previous), [row.state for row in rows])
         hidden = self.model(inputs, forward.layers)
         sampled = sample(self.model.logits(hidden[:, -1]), [row.sampler for row in rows])
         forward.commit()

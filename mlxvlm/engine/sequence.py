@@ -18,7 +18,7 @@ from mlxvlm.engine.sampler import RowSampler
 from mlxvlm.engine.stops import StopMatcher
 from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import MlxvlmError
-from mlxvlm.models.base import Inputs
+from mlxvlm.models.base import Inputs, RowState
 from mlxvlm.processors.base import Processor, Prompt
 
 
@@ -55,6 +55,7 @@ class Sequence:
         self.image_tokens = prompt.token_ids.count(processor.image_token_id) if prompt.images else 0
         self.features: list[mx.array] = []
         self.inputs: Inputs | None = None
+        self.state = RowState()
         self.kv: KVGroup | None = None  # its own until it joins the batch
         self.prefilled = 0
         self.launched = 0  # sampled on the device, read or not
@@ -122,7 +123,7 @@ class Sequence:
 
     def _release(self) -> None:
         """Arrays go now, not when the last reader lets go of the stream."""
-        self.features, self.inputs, self.kv = [], None, None
+        self.features, self.inputs, self.kv, self.state = [], None, None, RowState()
 
     def _usage(self) -> Usage:
         now = time.perf_counter()

@@ -59,24 +59,26 @@ class Cache(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RowState:
+    """What decoding needs of one row beside its KV. Made with the prompt, kept on the sequence, never changed."""
+
+    position_delta: int = 0  # M-RoPE: position minus number of tokens before
+    vision: Any | None = None  # cross-attention families: the pictures' keys and values
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
     """What the decoder reads. Sliceable along the sequence: chunked prefill is model(inputs[a:b], cache)."""
 
     embeds: mx.array  # [B, L, D]
-    positions: mx.array | None = None  # [3, B, L] for M-RoPE; None: count from cache.offset
-    vision: Any | None = None  # cross-attention families: vision states, built once a request
+    positions: mx.array | None = None  # [3, B, L] for M-RoPE; None: count from cache.offset + position_delta
+    sees: mx.array | None = None  # bool [B, L, images]: which pictures a token attends to, cross-attention families
+    rows: Sequence[RowState] = ()  # B of them, where the family has any state of rows
 
     def __getitem__(self, chunk: slice) -> Inputs:
         positions = None if self.positions is None else self.positions[..., chunk]
-        return Inputs(self.embeds[:, chunk], positions, self.vision)
-
-
-@dataclass(frozen=True, slots=True)
-class RowState:
-    """What a decode step needs of its rows beside their KV; each family fills what it uses."""
-
-    position_delta: mx.array | None = None  # int32 [B], M-RoPE
-    vision: Any | None = None
+        sees = None if self.sees is None else self.sees[:, chunk]
+        return Inputs(self.embeds[:, chunk], positions, sees, self.rows)
 
 
 class VisionLanguageModel(Protocol):
@@ -93,8 +95,8 @@ class VisionLanguageModel(Protocol):
         """Inputs of a whole prompt, B = 1, with features in the places of the placeholders."""
         ...
 
-    def embed_tokens(self, token_ids: mx.array, rows: RowState) -> Inputs:
-        """Inputs of a decode step from token ids [B, 1]."""
+    def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
+        """Inputs of a decode step from token ids [B, 1] and each row's state."""
         ...
 
     def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:

@@ -113,6 +113,11 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rope = RoPE(config.head_dim, config.rope)
 
+    def embed(self, token_ids: mx.array) -> mx.array:
+        """[B, L] -> [B, L, D]."""
+        # Embeddings quantised in mxfp4, mxfp8 or nvfp4 answer in bfloat16, whatever the rest computes in.
+        return self.embed_tokens(token_ids).astype(self.norm.weight.dtype)
+
     def __call__(self, embeds: mx.array, cache: Sequence[Cache]) -> mx.array:
         x = embeds  # [B, L, D]
         for layer, layer_cache in zip(self.layers, cache, strict=True):

@@ -110,7 +110,9 @@ class VisionEmbeddings(nn.Module):
         _, height, width, dims = patches.shape
         rows, columns = (position_buckets(count, self._grid) for count in (height, width))
         positions = mx.array(rows[:, None] * self._grid + columns[None, :]).flatten()
-        return patches.reshape(-1, height * width, dims) + self.position_embedding(positions)
+        # Quantised embeddings may answer in another dtype.
+        embedded = self.position_embedding(positions).astype(patches.dtype)
+        return patches.reshape(-1, height * width, dims) + embedded
 
 
 class Encoder(nn.Module):
@@ -210,11 +212,11 @@ class Model(nn.Module):
         return [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
 
     def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
-        embeds = self.model.text_model.embed_tokens(mx.array(prompt.token_ids)[None])
+        embeds = self.model.text_model.embed(mx.array(prompt.token_ids)[None])
         return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
 
-    def embed_tokens(self, token_ids: mx.array, rows: RowState) -> Inputs:
-        return Inputs(self.model.text_model.embed_tokens(token_ids))
+    def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
+        return Inputs(self.model.text_model.embed(token_ids))
 
     def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
         hidden: mx.array = self.model.text_model(inputs.embeds, cache)

@@ -18,7 +18,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlxvlm.errors import ModelError, TemplateError
 
-
 # What a template's expressions raise while they run.
 _RENDER_ERRORS = (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError, MemoryError)
 

@@ -17,7 +17,18 @@ from mlxvlm.engine.request import Completion, Request
 from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, UsageError, WeightsError
 from mlxvlm.messages import ImagePart, Message, TextPart
 from mlxvlm.models.base import KVSpec
-from tests.fakes import IMAGE_TOKENS, VOCAB, FakeModel, FakeProcessor, Gate, answer, ask, eventually, fake_engine, next_token
+from tests.fakes import (
+    IMAGE_TOKENS,
+    VOCAB,
+    FakeModel,
+    FakeProcessor,
+    Gate,
+    answer,
+    ask,
+    eventually,
+    fake_engine,
+    next_token,
+)
 
 PROMPTS = st.lists(st.integers(1, VOCAB - 2), min_size=1, max_size=25)
 QUESTIONS = st.lists(st.tuples(PROMPTS, st.integers(1, 25)), min_size=1, max_size=6)
