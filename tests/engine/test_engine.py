@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from typing import Any
 
 import mlx.core as mx
@@ -264,6 +267,21 @@ def test_what_loading_raises_comes_out_of_the_constructor() -> None:
     with pytest.raises(WeightsError, match="torn"):
         Engine(build, FakeProcessor(), config, lambda done, total: seen.append((done, total)))
     assert seen == [(1, 2)]
+    assert not any(thread.name == "mlxvlm-engine" for thread in threading.enumerate())
+
+
+def test_ctrl_c_while_loading_ends_the_thread() -> None:
+    def build(progress: Any) -> FakeModel:
+        for done in range(10**6):
+            progress(done, 10**6)
+            if done == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)
+        raise AssertionError("loading went on")
+
+    config = EngineConfig(max_context=10, eos_token_ids=frozenset())
+    with pytest.raises(KeyboardInterrupt):
+        Engine(build, FakeProcessor(), config)
     assert not any(thread.name == "mlxvlm-engine" for thread in threading.enumerate())
 
 
