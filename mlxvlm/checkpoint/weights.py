@@ -50,8 +50,12 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def _damage(file: Path, error: Exception) -> str:
-    with file.open("rb") as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            return f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`"
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+    except OSError as unreadable:
+        return f"{file} can't be read: {unreadable.strerror}"
+    if start == _LFS_POINTER:
+        return f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`"
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return f"{file} is damaged or truncated ({reason[0]}); fetch it again"

@@ -113,20 +113,28 @@ class KVGroup:
         self.remove(owner)
         return row
 
-    def write(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends [B, K, L, Dh]; what the rows hold now, [B, K, S, Dh], with padding after shorter rows."""
-        count, new = keys.shape[0], keys.shape[2]
+    def places(self, new: int) -> tuple[mx.array, mx.array]:
+        """Where `new` tokens of each row go, the same in every layer: slots [B, 1], positions [B, L]."""
+        slots = mx.arange(len(self.owners))[:, None]
+        return slots, mx.array(self.lengths)[:, None] + mx.arange(new)[None]
+
+    def write(
+        self, layer: int, keys: mx.array, values: mx.array, places: tuple[mx.array, mx.array] | None
+    ) -> tuple[mx.array, mx.array]:
+        """Appends [B, K, L, Dh]; what the rows hold now, [B, K, S, Dh], with padding after shorter rows.
+
+        A row on its own needs no `places`: its tokens go in one slice.
+        """
+        count, new, start = keys.shape[0], keys.shape[2], self.lengths[0]
         held = max(self.lengths) + new
         views = []
         for buffers, fresh in ((self._keys, keys), (self._values, values)):
             buffer = self._buffer(buffers, layer, fresh)
-            if count == 1:
-                start = self.lengths[0]
+            if places is None:
                 buffer[:1, :, start : start + new] = fresh
             else:
-                slots = mx.arange(count)[:, None]
-                places = mx.array(self.lengths)[:, None] + mx.arange(new)[None]
-                buffer[slots, :, places] = fresh.transpose(0, 2, 1, 3)
+                slots, positions = places
+                buffer[slots, :, positions] = fresh.transpose(0, 2, 1, 3)
             buffers[layer] = buffer
             views.append(buffer[:count, :, :held])
         return views[0], views[1]
@@ -162,10 +170,10 @@ class LayerCache:
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         mixed, first = [], 0
-        for group in self._forward.groups:
+        for group, places in zip(self._forward.groups, self._forward.places, strict=True):
             rows = slice(first, first + len(group.owners))
             first = rows.stop
-            held_keys, held_values = group.write(self._layer, keys[rows], values[rows])
+            held_keys, held_values = group.write(self._layer, keys[rows], values[rows], places)
             mixed.append(self._attend(group, queries[rows], held_keys, held_values, scale))
         return mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
 
@@ -190,6 +198,7 @@ class KVPass:
             group.reserve(new)
         lengths = [length for group in groups for length in group.lengths]
         self.offset: int | mx.array = lengths[0] if len(lengths) == 1 else mx.array(lengths)
+        self.places = [group.places(new) if len(group.owners) > 1 else None for group in groups]
         self.layers = [LayerCache(self, layer) for layer in range(len(groups[0].specs))]
         self._masks: dict[tuple[int, int | None, int | None], mx.array | str] = {}
 

@@ -50,11 +50,11 @@ class RowSampler:
             logits = logits + self._bias_row(logits.shape[-1])
         return logits
 
-    def note(self, token: mx.array) -> None:
-        """Counts a sampled token [], which may not have been computed yet."""
+    def note(self, tokens: mx.array, index: int) -> None:
+        """Counts its sampled token tokens[index], which may not have been computed yet."""
         self.step += 1
         if self._counts is not None:
-            self._counts = self._counts.at[token].add(1)
+            self._counts = self._counts.at[tokens[index]].add(1)
 
     def key(self) -> NDArray[np.uint32]:
         """The random key of this step, [2]. Source of the mixing: Steele et al. 2014, SplitMix64."""
@@ -109,7 +109,7 @@ def sample(logits: mx.array, rows: Sequence[RowSampler]) -> Sampled:
         hot = mx.array([row.params.temperature > 0 for row in rows])
         tokens = mx.where(hot, _draw(edited, rows), tokens)
     for i, row in enumerate(rows):
-        row.note(tokens[i])
+        row.note(tokens, i)
     bad = mx.any(mx.isnan(raw), axis=-1)
     return Sampled(tokens, bad, *_logprobs(raw, tokens, rows))
 

@@ -112,9 +112,7 @@ def test_resaved_by_transformers_5(hub_logits: dict[Path, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("is_mlx", [False, True])
-def test_tied_checkpoint_that_stores_its_head(
-    is_mlx: bool, tmp_path: Path, hub_logits: dict[Path, np.ndarray]
-) -> None:
+def test_tied_checkpoint_that_stores_its_head(is_mlx: bool, tmp_path: Path, hub_logits: dict[Path, np.ndarray]) -> None:
     tensors = tensors_of(TIED)
     # Another matrix: a tied model must not take it.
     tensors["lm_head.weight"] = tensors["model.text_model.embed_tokens.weight"] * 2
@@ -206,9 +204,7 @@ def test_quantised_tied_embedding_is_also_the_head(mode: str, tmp_path: Path) ->
 def test_narrow_model_with_nvfp4(tmp_path: Path) -> None:
     """head_dim 12 and an MLP of 28 can't be quantised; what is 16 wide can."""
     plain = mlx_names(tensors_of(TIED))
-    packed, specs = quantised(
-        plain, lambda path, weight: None if weight.shape[-1] % 16 else QuantSpec(4, 16, "nvfp4")
-    )
+    packed, specs = quantised(plain, lambda path, weight: None if weight.shape[-1] % 16 else QuantSpec(4, 16, "nvfp4"))
     assert 0 < len(specs) < len(plain)
     config = quantised_config(config_of(TIED), specs, mixed=True)
     fast = logits(write_mlx(tmp_path / "fast", TIED, packed, config), TIED)
