@@ -199,8 +199,12 @@ class KVPass:
         lengths = [length for group in groups for length in group.lengths]
         self.offset: int | mx.array = lengths[0] if len(lengths) == 1 else mx.array(lengths)
         self.places = [group.places(new) if len(group.owners) > 1 else None for group in groups]
-        self.layers = [LayerCache(self, layer) for layer in range(len(groups[0].specs))]
         self._masks: dict[tuple[int, int | None, int | None], mx.array | str] = {}
+
+    @property
+    def layers(self) -> list[LayerCache]:
+        """Made when asked for: kept here they would be a cycle, and buffers would wait for the garbage collector."""
+        return [LayerCache(self, layer) for layer in range(len(self.groups[0].specs))]
 
     def mask(self, group: KVGroup, spec: KVSpec) -> mx.array | str:
         """bool [B, 1, L, S], the same for all layers of a kind; "causal" where MLX's own will do."""

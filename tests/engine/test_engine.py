@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -147,6 +150,49 @@ def test_stop_tokens() -> None:
         assert completion.text == engine.processor.tokenizer.decode(expected[:3])
         assert ids_of(engine.generate(ask(ids, ignore_eos=True))) == expected
         assert ids_of(engine.generate(ask(ids, stop_token_ids=frozenset({expected[1]})))) == expected[:2]
+
+
+def test_nothing_comes_after_the_end() -> None:
+    """A row that stops has one more step on its way, whose token nobody may see."""
+    ids = [3, 1]
+    with fake_engine(eos_token_ids=frozenset({answer(ids, 3)[2]})) as engine:
+        other = engine.submit(ask([9], 40))
+        stream = engine.submit(ask(ids))
+        assert list(stream)[-1].finish_reason == "stop"
+        other.result()
+        engine.generate(ask([2], 2))  # the step on its way has been read by now
+        assert not stream._items
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 8])
+def test_rows_at_once_are_limited(max_rows: int) -> None:
+    rows: list[int] = []
+    with fake_engine(FakeModel(on_call=lambda x: rows.append(x.shape[0])), max_rows=max_rows) as engine:
+        streams = [engine.submit(ask([number, 1], 30)) for number in range(1, 6)]
+        for stream in streams:
+            stream.result()
+    assert max(rows) <= max_rows
+    assert max_rows == 1 or max(rows) > 1
+
+
+def test_no_step_is_run_for_a_token_that_is_not_wanted() -> None:
+    lengths: list[int] = []
+    with fake_engine(FakeModel(on_call=lambda x: lengths.append(x.shape[1]))) as engine:
+        engine.generate(ask([1, 2, 3], 4))
+    assert lengths == [2, 1, 1, 1, 1]
+
+
+def test_engines_that_come_and_go_let_the_process_end() -> None:
+    code = "from tests.fakes import *\nfor _ in range(12):\n    with fake_engine() as e: e.generate(ask([1]))"
+    root = Path(__file__).parent.parent.parent
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_an_engine_left_open_lets_the_process_end() -> None:
+    code = "from tests.fakes import ask, fake_engine\ne = fake_engine(); s = e.submit(ask([1], 4000)); next(iter(s))"
+    root = Path(__file__).parent.parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False, timeout=60).returncode == 0
 
 
 def test_stop_strings_over_several_tokens() -> None:

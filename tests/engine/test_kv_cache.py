@@ -147,6 +147,29 @@ def test_a_row_that_outgrows_its_group_leaves_it() -> None:
     assert pair.batch.owners == [1]
 
 
+def test_a_row_that_leaves_keeps_no_other_row_alive() -> None:
+    specs = [KVSpec(4, 64)]
+    batch = KVBatch()
+    for owner in range(4):
+        batch.join(filled(specs, owner, 7))
+    mx.eval(batch.groups[0].arrays)
+    before, held = mx.get_active_memory(), batch.nbytes
+    row = batch.groups[0].take(2)
+    batch.groups.clear()
+    assert before - mx.get_active_memory() > held - 2 * row.nbytes
+
+
+def filled(specs: list[KVSpec], owner: int, length: int) -> KVGroup:
+    """A row of `length` tokens that say nothing."""
+    row = KVGroup.single(specs, owner)
+    step = KVPass([row], length)
+    for layer, spec in zip(step.layers, specs, strict=True):
+        shape = (1, spec.num_kv_heads, length, spec.head_dim)
+        mx.eval(layer.attend(*(mx.zeros(shape) for _ in range(3)), 1.0))
+    step.commit()
+    return row
+
+
 def test_an_uncommitted_pass_leaves_no_trace() -> None:
     pair = Pair([KVSpec(2, DIM)], 0)
     pair.join(0, [3])
@@ -170,11 +193,7 @@ def test_one_long_row_does_not_pad_the_short_ones(monkeypatch: pytest.MonkeyPatc
     batch = KVBatch()
     lengths = [4095, *[15] * 7]
     for owner, length in enumerate(lengths):
-        row = KVGroup.single(specs, owner)
-        step = KVPass([row], length)
-        mx.eval(step.layers[0].attend(*(mx.zeros((1, 1, length, 4)) for _ in range(3)), 1.0))
-        step.commit()
-        batch.join(row)
+        batch.join(filled(specs, owner, length))
     real = sum(lengths) * specs[0].bytes_per_token(mx.float32)
     assert batch.nbytes < 1.6 * real  # a padded rectangle of these rows takes 7.8 times
 
@@ -186,14 +205,9 @@ def test_classes_double() -> None:
 
 def test_writes_after_a_view_do_not_copy_the_buffer() -> None:
     """A decode loop's peak stays at its buffers plus one step's activations."""
-    spec = KVSpec(8, 64)
-    row = KVGroup.single([spec], 0)
     batch = KVBatch()
-    step = KVPass([row], 1000)
-    mx.eval(step.layers[0].attend(*(mx.zeros((1, 8, 1000, 64)) for _ in range(3)), 1.0))
-    step.commit()
-    batch.join(row)
-    mx.eval(row.arrays)
+    batch.join(filled([KVSpec(8, 64)], 0, 1000))
+    mx.eval(batch.groups[0].arrays)
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()

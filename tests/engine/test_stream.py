@@ -77,6 +77,31 @@ def test_a_coroutine_that_leaves_cancels_its_request() -> None:
     asyncio.run(main())
 
 
+def test_leaving_early_cancels() -> None:
+    cancelled: list[bool] = []
+    stream = Stream(lambda: cancelled.append(True))
+    stream.put(Delta("a"))
+
+    async def main() -> None:
+        async for _ in stream:
+            break
+
+    asyncio.run(main())
+    assert cancelled == [True]
+
+
+def test_reading_to_the_end_does_not_cancel() -> None:
+    cancelled: list[bool] = []
+    stream = Stream(lambda: cancelled.append(True))
+    stream.put(LAST)
+
+    async def main() -> list[str]:
+        return [delta.text async for delta in stream]
+
+    assert asyncio.run(main()) == ["c"]
+    assert cancelled == []
+
+
 def test_the_event_loop_runs_while_the_model_does() -> None:
     gate = Gate()
 
