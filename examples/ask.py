@@ -5,7 +5,11 @@ from pathlib import Path
 
 import mlxvlm
 
-picture = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "pictures" / "shapes.png"
+picture = (
+    sys.argv[1]
+    if len(sys.argv) > 1
+    else Path(__file__).parent / "pictures" / "orange-heart-red-star-black-triangle.png"
+)
 question = sys.argv[2] if len(sys.argv) > 2 else "What is in this picture?"
 
 with mlxvlm.load("demo") as engine:

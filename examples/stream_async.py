@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlxvlm
 
-PICTURE = Path(__file__).parent / "pictures" / "shapes.png"
+PICTURE = Path(__file__).parent / "pictures" / "orange-heart-red-star-black-triangle.png"
 QUESTIONS = ("What is in this picture?", "How many shapes are there?", "What colour is the background?")
 
 
