@@ -91,9 +91,7 @@ def ask_one(rng: random.Random, scene: Scene, mix: Mix) -> Turn:
 def _follow_it(rng: random.Random, thing: Thing, first: str) -> tuple[str, str]:
     """'it' is the thing of the first question."""
     if first == "where" or (first == "shape" and rng.random() < 0.3):
-        return rng.choice(
-            ("And what color is it?", "What color is it?", "Which color?")
-        ), f"It is {thing.color}."
+        return rng.choice(("And what color is it?", "What color is it?", "Which color?")), f"It is {thing.color}."
     text = rng.choice(("And where is it?", "Where is it?", "Where?", "And where?"))
     return text, f"It is {PLACE_PHRASES[thing.place]}."
 
@@ -130,9 +128,7 @@ def branch_single(rng: random.Random, scene: Scene, mix: Mix) -> tuple[Turn, ...
     if roll < 0.2:
         return _two_turns(rng, scene, mix)
     if roll < 0.22:
-        thanks = Turn(
-            style(rng, rng.choice(("Thanks!", "Thank you.", "Great, thanks."))), words.WELCOME, "talk"
-        )
+        thanks = Turn(style(rng, rng.choice(("Thanks!", "Thank you.", "Great, thanks."))), words.WELCOME, "talk")
         return ask_one(rng, scene, mix), thanks
     return (ask_one(rng, scene, mix),)
 
@@ -171,9 +167,7 @@ def _one_of_two(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
         return Turn(style(rng, rng.choice(WHAT_IN).replace("{n}", number)), _content(scene), "two")
     tail = rng.choice((f" in the {number} [p]?", f" of the {number} [p]?"))
     if roll < 0.65:
-        text = rng.choice(
-            ("What color is the background", "What is the background", "What is the background color")
-        )
+        text = rng.choice(("What color is the background", "What is the background", "What is the background color"))
         return Turn(style(rng, text + tail), f"The background is {scene.background}.", "two")
     tail = f" in the {number} [p]?"
     thing = rng.choice(scene.things)
@@ -186,9 +180,7 @@ def _one_of_two(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
         return _one_of_two(rng, scenes)
     asks_place = rng.random() < 0.3
     answer = f"The {thing.shape} is {PLACE_PHRASES[thing.place] if asks_place else thing.color}."
-    return Turn(
-        style(rng, ("Where" if asks_place else "What color") + f" is the {thing.shape}" + tail), answer, "two"
-    )
+    return Turn(style(rng, ("Where" if asks_place else "What color") + f" is the {thing.shape}" + tail), answer, "two")
 
 
 def _content(scene: Scene) -> str:
@@ -203,17 +195,12 @@ def _compare(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
     form = rng.choice(("shape", "shape", "color", "both"))
     noun = {"shape": shape, "color": f"{color} shape", "both": f"{color} {shape}"}[form]
     hits = [
-        any(
-            (form == "color" or t.shape == shape) and (form == "shape" or t.color == color)
-            for t in scene.things
-        )
+        any((form == "color" or t.shape == shape) and (form == "shape" or t.color == color) for t in scene.things)
         for scene in scenes
     ]
     asked = f"{words.article(noun)} {noun}"
     if rng.random() < 0.4:
-        return Turn(
-            style(rng, rng.choice(BOTH).replace("{x}", asked)), "Yes." if all(hits) else "No.", "two_yes_no"
-        )
+        return Turn(style(rng, rng.choice(BOTH).replace("{x}", asked)), "Yes." if all(hits) else "No.", "two_yes_no")
     answers = {
         (True, True): "Both pictures.",
         (True, False): "The first picture.",
@@ -237,15 +224,9 @@ def branch_two(rng: random.Random, scenes: tuple[Scene, Scene]) -> tuple[Turn, .
         same = scenes[0].things[0].shape == scenes[1].things[0].shape
         return (Turn(style(rng, rng.choice(SAME)), "Yes." if same else "No.", "two_yes_no"),)
     if roll < 0.96:
-        return (
-            Turn(
-                style(rng, rng.choice(words.COUNT).replace("{x}", "[p]s")), "There are two pictures.", "two"
-            ),
-        )
+        return (Turn(style(rng, rng.choice(words.COUNT).replace("{x}", "[p]s")), "There are two pictures.", "two"),)
     first = Turn(style(rng, rng.choice(WHAT_IN).replace("{n}", "first")), _content(scenes[0]), "two")
-    text = rng.choice(
-        ("And the second?", "And the second [p]?", "And the other one?", "What about the second [p]?")
-    )
+    text = rng.choice(("And the second?", "And the second [p]?", "And the other one?", "What about the second [p]?"))
     return first, Turn(style(rng, text), _content(scenes[1]), "two")
 
 

@@ -51,9 +51,7 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
         if "Pil" not in type(self.processor.image_processor).__name__:
-            raise RuntimeError(
-                f"expected the PIL image processor, got {type(self.processor.image_processor)}"
-            )
+            raise RuntimeError(f"expected the PIL image processor, got {type(self.processor.image_processor)}")
         self.model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
@@ -65,9 +63,7 @@ class Reference:
     def answer(self, item: Item) -> tuple[str, int]:
         """(greedy text, number of prompt tokens)"""
         images = [list(item.images)] if item.images else None
-        inputs = self.processor(
-            text=self.prompt(item), images=images, add_special_tokens=False, return_tensors="pt"
-        )
+        inputs = self.processor(text=self.prompt(item), images=images, add_special_tokens=False, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         out = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         return self.processor.tokenizer.decode(out[0, length:], skip_special_tokens=True), length
@@ -107,9 +103,7 @@ def other_items(number: int, first: int = 0) -> list[Item]:
     return items
 
 
-def score(
-    reference: Reference, items: Iterable[Item], change: Callable[[Item], Item] | None = None
-) -> dict[str, Any]:
+def score(reference: Reference, items: Iterable[Item], change: Callable[[Item], Item] | None = None) -> dict[str, Any]:
     """{"accuracy": {skill: share}, "count": {skill: n}, "wrong": [...]}"""
     hits: dict[str, list[bool]] = defaultdict(list)
     wrong = []

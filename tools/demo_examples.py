@@ -33,9 +33,7 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     things, seen = scene.things, enumerate_things(scene.things)
     verb, plural = ("is", "") if len(things) == 1 else ("are", "s")
     described = sentence(f"{seen} on a {scene.background} background")
-    pairs = [
-        (text, described) for text in ("What do you see?", "What is in this image?", "Describe this image.")
-    ]
+    pairs = [(text, described) for text in ("What do you see?", "What is in this image?", "Describe this image.")]
     pairs += [("what's in the picture", described), ("What is this?", described)]
     pairs.append(
         (
@@ -79,9 +77,7 @@ def knows(reference: Reference, image: Image.Image, pairs: list[tuple[str, str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -52,9 +52,7 @@ class Teacher(nn.Module):
             nn.functional.cross_entropy(head(seen).flatten(0, 1), patches[:, i].flatten())
             for i, head in enumerate(self.heads)
         ]
-        return torch.stack(losses).sum() + 0.5 * nn.functional.cross_entropy(
-            self.background(seen.mean(1)), backgrounds
-        )
+        return torch.stack(losses).sum() + 0.5 * nn.functional.cross_entropy(self.background(seen.mean(1)), backgrounds)
 
 
 class Student:
@@ -90,9 +88,7 @@ class Student:
         """Pulls an image token towards the embeddings of the words for what it shows: the text model can then
         match pictures with words from the first step on."""
         side = int(patches.shape[-1] ** 0.5)
-        blocks = (
-            patches.view(len(patches), 3, side // 2, 2, side // 2, 2).transpose(3, 4).flatten(4).flatten(2, 3)
-        )
+        blocks = patches.view(len(patches), 3, side // 2, 2, side // 2, 2).transpose(3, 4).flatten(4).flatten(2, 3)
         table = self.model.model.text_model.embed_tokens.weight
         seen = nn.functional.normalize(features.float(), dim=-1).flatten(0, 1)
         loss = seen.new_zeros(())
@@ -156,9 +152,7 @@ def _vision_batches(seed: int, plan: Plan) -> Iterator[tuple[torch.Tensor, torch
         for _ in range(plan.pictures // 3 if pool else plan.pictures):
             picture = draw_picture(random.Random(row_seed(seed, len(pool), phase=2)), (0.25, 0.35, 0.4))
             ground = tuple(BACKGROUNDS).index(picture.scene.background)
-            pool.append(
-                (torch.from_numpy(squash(picture.image)), torch.from_numpy(patch_classes(picture)), ground)
-            )
+            pool.append((torch.from_numpy(squash(picture.image)), torch.from_numpy(patch_classes(picture)), ground))
         fresh = pool[-plan.pictures // 3 :]
         chosen = fresh + rng.choices(pool, k=plan.pictures - len(fresh))
         pixels, patches = (torch.stack([item[i] for item in chosen]) for i in (0, 1))
@@ -175,9 +169,7 @@ def pretrain_vision(student: Student, teacher: Teacher, plan: Plan, seed: int) -
     """Phase 1: the vision tower alone learns to name its patches."""
     optimizer = Optimizer([student.model.model.vision_model, teacher], plan)
     start, mean = time.process_time(), 0.0
-    for step, (pixels, patches, grounds) in zip(
-        range(plan.vision_steps), _vision_batches(seed, plan), strict=False
-    ):
+    for step, (pixels, patches, grounds) in zip(range(plan.vision_steps), _vision_batches(seed, plan), strict=False):
         with _autocast():
             loss = teacher(student.look(pixels), patches, grounds)
         optimizer.step(loss, min(1.0, (step + 1) / plan.warmup))

@@ -150,9 +150,7 @@ def export(model: Idefics3ForConditionalGeneration, tokenizer: Tokenizer, folder
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
     tokens = {"bos_token": BOS, "eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
-    _write_json(
-        folder / "special_tokens_map.json", {"additional_special_tokens": [FAKE, IMAGE, END], **tokens}
-    )
+    _write_json(folder / "special_tokens_map.json", {"additional_special_tokens": [FAKE, IMAGE, END], **tokens})
     _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     _write_json(
         folder / "processor_config.json",

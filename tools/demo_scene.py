@@ -112,17 +112,13 @@ def _centers(rng: random.Random, cells: list[int], size: tuple[int, int]) -> lis
             x, y = (part / 3 + 1 / 6 + rng.uniform(-jitter, jitter) for part in (cell % 3, cell // 3))
             centers.append((min(1 - edge, max(edge, x)), min(1 - edge, max(edge, y))))
         gaps = (
-            math.hypot((x - u) * size[0], (y - v) * size[1])
-            for i, (x, y) in enumerate(centers)
-            for u, v in centers[:i]
+            math.hypot((x - u) * size[0], (y - v) * size[1]) for i, (x, y) in enumerate(centers) for u, v in centers[:i]
         )
         if all(gap >= apart for gap in gaps):
             return centers
 
 
-def _radius(
-    rng: random.Random, size: tuple[int, int], centers: list[tuple[float, float]], index: int
-) -> float:
+def _radius(rng: random.Random, size: tuple[int, int], centers: list[tuple[float, float]], index: int) -> float:
     """At random within the room between the edges and the next shape."""
     width, height = size
     (x, y), short = centers[index], min(size)
@@ -211,9 +207,7 @@ def _camera(rng: random.Random, image: Image.Image) -> Image.Image:
     if rng.random() < 0.1:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
     if rng.random() < 0.25:
-        noise = np.random.default_rng(rng.getrandbits(32)).normal(
-            0, rng.uniform(2, 9), (image.height, image.width, 3)
-        )
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(2, 9), (image.height, image.width, 3))
         image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
     if rng.random() < 0.2:
         buffer = io.BytesIO()
@@ -257,15 +251,11 @@ def patch_owner(scene: Scene, side: int = 64, patch: int = 8) -> np.ndarray:
     canvas = Image.new("L", (side, side))
     draw = ImageDraw.Draw(canvas)
     for index, thing in enumerate(scene.things):
-        points = [
-            (x * side / scene.size[0], y * side / scene.size[1]) for x, y in _corners(thing, scene.size)
-        ]
+        points = [(x * side / scene.size[0], y * side / scene.size[1]) for x, y in _corners(thing, scene.size)]
         draw.polygon(points, fill=index + 1)
     grid = side // patch
     if not scene.things:
         return np.zeros((grid, grid), np.int64)
-    blocks = (
-        np.asarray(canvas).reshape(grid, patch, grid, patch).transpose(0, 2, 1, 3).reshape(grid, grid, -1)
-    )
+    blocks = np.asarray(canvas).reshape(grid, patch, grid, patch).transpose(0, 2, 1, 3).reshape(grid, grid, -1)
     counts = np.stack([(blocks == k + 1).sum(-1) for k in range(len(scene.things))], -1)
     return np.where(counts.max(-1) >= 6, counts.argmax(-1) + 1, 0)

@@ -59,9 +59,7 @@ def style(rng: random.Random, question: str) -> str:
     if rng.random() < 0.45:
         question = question.replace("color", "colour").replace("Color", "Colour")
     if rng.random() < 0.3:
-        question = (
-            question.replace("What is", "What's").replace("what is", "what's").replace("Where is", "Where's")
-        )
+        question = question.replace("What is", "What's").replace("what is", "what's").replace("Where is", "Where's")
     if rng.random() < 0.07:
         polite = rng.choice(POLITE)
         question = polite[0].upper() + polite[1:] + question[0].lower() + question[1:]
@@ -102,9 +100,7 @@ DESCRIBE = (
 
 
 def describe(rng: random.Random, scene: Scene) -> Pair:
-    return _ask(rng, DESCRIBE), sentence(
-        f"{enumerate_things(scene.things)} on a {scene.background} background"
-    )
+    return _ask(rng, DESCRIBE), sentence(f"{enumerate_things(scene.things)} on a {scene.background} background")
 
 
 COLOR_OF = (
@@ -182,9 +178,7 @@ WHERE_IS_IT = (
 
 def where(rng: random.Random, scene: Scene) -> Pair | None:
     if len(scene.things) == 1 and rng.random() < 0.25:
-        return _ask(
-            rng, WHERE_IS_IT, s=rng.choice(SUBJECTS)
-        ), f"It is {PLACE_PHRASES[scene.things[0].place]}."
+        return _ask(rng, WHERE_IS_IT, s=rng.choice(SUBJECTS)), f"It is {PLACE_PHRASES[scene.things[0].place]}."
     if rng.random() < 0.08:
         return _missing(rng, scene, WHERE)
     thing = rng.choice(scene.things)
@@ -258,8 +252,7 @@ def exists(rng: random.Random, scene: Scene) -> Pair:
             shape_ = shape_ if swap == "color" else rng.choice(SHAPES)
             color_ = color_ if swap == "shape" else rng.choice(tuple(COLORS))
         right = any(
-            (form == "color" or t.shape == shape_) and (form == "shape" or t.color == color_)
-            for t in scene.things
+            (form == "color" or t.shape == shape_) and (form == "shape" or t.color == color_) for t in scene.things
         )
         if right == wanted:
             break

@@ -34,8 +34,13 @@ class TokenizerSpec:
 
 
 def corpus() -> list[str]:
-    said = [part["text"] for chat in chats().values() for message in chat for part in message["content"]
-            if part["type"] == "text"]
+    said = [
+        part["text"]
+        for chat in chats().values()
+        for message in chat
+        for part in message["content"]
+        if part["type"] == "text"
+    ]
     return [*SENTENCES, *said]
 
 
@@ -43,8 +48,9 @@ def byte_letters(texts: list[str]) -> list[str]:
     """The letters that byte-level BPE writes for the bytes of printable ASCII and of these texts."""
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     ascii_text = "".join(map(chr, range(32, 127))) + "\n"
-    return sorted({letter for line in [ascii_text, *texts] for word, _ in level.pre_tokenize_str(line)
-                   for letter in word})
+    return sorted(
+        {letter for line in [ascii_text, *texts] for word, _ in level.pre_tokenize_str(line) for letter in word}
+    )
 
 
 def splitter(style: str) -> Any:

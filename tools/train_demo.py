@@ -44,14 +44,10 @@ def train(out: Path, seed: int, share: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="train and export to this folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--steps", type=float, default=1.0, help="share of the full number of steps, for trials"
-    )
+    parser.add_argument("--steps", type=float, default=1.0, help="share of the full number of steps, for trials")
     parser.add_argument("--evaluate", type=Path, help="measure this folder instead of training")
     parser.add_argument("--pictures", type=int, default=500, help="held-out pictures of the evaluation")
     parser.add_argument("--goldens", type=Path, help="write golden answers of the evaluated folder here")

@@ -73,9 +73,11 @@ def _download(repository: str, revision: str | None, weights: bool) -> Path:
             snapshot_download(repository, revision=revision, allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"])
         )
         if weights:
-            # The same commit, should the branch move in between; the cache names its folders by commit.
-            patterns = _weight_patterns(folder)
-            snapshot_download(repository, revision=folder.name, allow_patterns=patterns, ignore_patterns=["*/*"])
+            # The small files once more: should the branch move in between, all must be of one commit.
+            patterns = [*_SMALL_FILES, *_weight_patterns(folder)]
+            folder = Path(
+                snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+            )
         return folder
     except GatedRepoError as error:
         raise ModelNotFoundError(

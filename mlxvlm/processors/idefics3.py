@@ -55,7 +55,7 @@ class ImageSettings:
     tile: int = 364
     do_resize: bool = True
     do_split: bool = True
-    resample: int = Image.Resampling.LANCZOS
+    resample: int = Image.Resampling.LANCZOS.value  # a number as in configs, so that it reads the same in digests
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImageSettings:

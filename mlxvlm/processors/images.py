@@ -30,6 +30,8 @@ from mlxvlm.errors import ImageError
 
 # Sizes are checked here against ImageLimits, from the header alone; Pillow's own warning would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Odd metadata in a picture that can be read all the same is no news for a user.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # What Pillow's decoders raise on damaged files.
 _DECODE_ERRORS = (
@@ -41,6 +43,7 @@ _DECODE_ERRORS = (
     TypeError,
     AttributeError,
     ArithmeticError,
+    AssertionError,  # a picture whose file was closed
     RuntimeError,
     struct.error,
     zlib.error,

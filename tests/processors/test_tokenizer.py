@@ -1,0 +1,163 @@
+"""Ids and texts over tokenizer.json, and what the other files add to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxvlm.errors import InputError, ModelError
+from mlxvlm.processors.chat_template import ChatTemplate
+from mlxvlm.processors.tokenizer import Tokenizer
+from tests.processors.checkpoints import BOS, byte_tokenizer
+
+BYTES = 256
+FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+
+
+def added(content: str, **flags: Any) -> dict[str, Any]:
+    return {"content": content, "special": True, **FLAGS, **flags}
+
+
+def read(
+    folder: Path, config: dict[str, Any] | None = None, special_map: dict[str, Any] | None = None, **make: Any
+) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        byte_tokenizer(**make).save(str(file))
+    return Tokenizer.from_files(file, config or {}, special_map or {})
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"tokenizer\.json is missing in .*: this runtime needs the fast tokenizer"):
+        Tokenizer.from_files(tmp_path / "tokenizer.json", {}, {})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"\xff\xfe", b'{"model": {"type": "None"}}'], ids=ascii)
+def test_damaged_file(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        Tokenizer.from_files(file, {}, {})
+    assert str(caught.value).startswith(f"{file} can't be read: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_padding_and_truncation_are_switched_off(tmp_path: Path) -> None:
+    backend = byte_tokenizer()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=7)
+    assert len(backend.encode("abcdef").ids) == 7
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read(tmp_path)
+    assert len(tokenizer.encode("abcdef", add_special_tokens=True)) == 6
+    assert len(tokenizer.encode("a", add_special_tokens=True)) == 1
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("in_map", [False, True])
+def test_names_of_special_tokens(tmp_path: Path, as_dict: bool, in_map: bool) -> None:
+    entry = added(BOS) if as_dict else BOS
+    config = {"bos_token": None if in_map else entry, "eos_token": "</s>", "unk_token": None, "model_max_length": 9}
+    special_map = {"bos_token": entry if in_map else "<image>"}
+    tokenizer = read(tmp_path, config, special_map)
+    assert tokenizer.special_tokens == {"bos_token": BOS, "eos_token": "</s>"}
+
+
+def test_added_tokens_get_the_ids_that_they_are_listed_with(tmp_path: Path) -> None:
+    listed = {"260": added("<z>"), "259": added("<a>"), "258": added("<image>"), "1000": added("<far>")}
+    tokenizer = read(tmp_path, {"added_tokens_decoder": listed})
+    assert [tokenizer.token_id(token) for token in ("<image>", "<a>", "<z>", "<far>")] == [258, 259, 260, 261]
+    assert tokenizer.encode("<z><a>", add_special_tokens=False) == [260, 259]
+
+
+def test_added_tokens_sort_as_numbers(tmp_path: Path) -> None:
+    many = {str(number): added(f"<t{number}>") for number in reversed(range(995, 1005))}
+    tokenizer = read(tmp_path, {"added_tokens_decoder": many})
+    assert [tokenizer.token_id(f"<t{number}>") for number in range(995, 1005)] == list(range(259, 269))
+
+
+def test_added_tokens_keep_their_flags(tmp_path: Path) -> None:
+    listed = {"259": added("<think>", special=False), "260": added("<end>", lstrip=True, rstrip=True)}
+    tokenizer = read(tmp_path, {"added_tokens_decoder": listed})
+    ids = tokenizer.encode("a<think>b  <end>  c", add_special_tokens=False)
+    assert [token for token in ids if token >= BYTES] == [259, 260]
+    assert len(ids) == 5
+    assert tokenizer.decode(ids) == "a<think>bc"  # not special: part of what the model says
+
+
+def test_special_tokens_named_but_not_in_the_file(tmp_path: Path) -> None:
+    config = {"pad_token": "<pad>", "extra_special_tokens": ["<x>", added("<y>")]}
+    tokenizer = read(tmp_path, config)
+    assert tokenizer.encode("<y><x><pad>", add_special_tokens=False) == [261, 260, 259]
+    assert tokenizer.decode([261, 260, 259]) == ""
+
+
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
+def test_extra_special_tokens_by_name(tmp_path: Path, key: str) -> None:
+    tokenizer = read(tmp_path, {key: {"image_token": "<image>", "video_token": "<video>"}})
+    assert (tokenizer.token_id("<image>"), tokenizer.token_id("<video>")) == (258, 259)
+
+
+def test_token_that_is_only_in_the_vocabulary_becomes_whole(tmp_path: Path) -> None:
+    letter = read(tmp_path).token_id("a")
+    assert letter is not None
+    tokenizer = read(tmp_path, {"added_tokens_decoder": {str(letter): added("a")}})
+    assert tokenizer.token_id("a") == letter
+    assert tokenizer.decode(tokenizer.encode("abab", add_special_tokens=False)) == "bb"
+
+
+def test_add_special(tmp_path: Path) -> None:
+    tokenizer = read(tmp_path)
+    assert tokenizer.token_id("<new>") is None
+    assert tokenizer.add_special("<new>") == 259
+    assert tokenizer.add_special("<new>") == 259
+    assert tokenizer.add_special("<image>") == 258
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=200, deadline=None)
+def test_text_survives(text: str) -> None:
+    tokenizer = Tokenizer(byte_tokenizer(special=()), {})
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_decode_skips_special_tokens_and_marks_half_characters(tmp_path: Path) -> None:
+    tokenizer = read(tmp_path)
+    ids = tokenizer.encode("<s>a<image>é</s>", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "aé"
+    assert tokenizer.decode(ids[:-2]) == "a\ufffd"
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "😀\ud83d"], ids=ascii)
+def test_half_a_surrogate_pair(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        read(tmp_path).encode_prompt(text)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("source", ["{{ bos_token }}Hi", "Hi"])
+def test_one_bos(tmp_path: Path, as_dict: bool, adds_bos: bool, source: str) -> None:
+    tokenizer = read(tmp_path, {"bos_token": added(BOS) if as_dict else BOS}, adds_bos=adds_bos)
+    rendered = ChatTemplate(source, tokenizer.special_tokens).render([])
+    ids = tokenizer.encode_prompt(rendered)
+    expected = int(adds_bos or "bos_token" in source)
+    assert ids.count(BYTES) == expected
+    assert ids[expected:] == tokenizer.encode("Hi", add_special_tokens=False)
+    assert ids[:expected] == [BYTES] * expected
+
+
+def test_no_bos_token_is_named(tmp_path: Path) -> None:
+    assert read(tmp_path, {"bos_token": ""}, adds_bos=True).encode_prompt("Hi")[0] == BYTES
+
+
+def test_bos_in_the_middle_is_no_reason_to_leave_it_out(tmp_path: Path) -> None:
+    ids = read(tmp_path, {"bos_token": BOS}, adds_bos=True).encode_prompt("Hi<s>")
+    assert [ids[0], ids[-1]] == [BYTES, BYTES]

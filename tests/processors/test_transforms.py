@@ -1,0 +1,101 @@
+"""Pixel arithmetic against slow, obvious twins, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mlxvlm.processors.transforms import RESCALE_FACTOR, Normalizer, floats, resize, split_tiles
+from tests.processors.pictures import noise
+
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+ODD = ((0.1, -3.0, 1e-7), (1e3, 0.3, 7.0))
+
+
+def slow_normalize(pixels: np.ndarray, settings: Normalizer) -> np.ndarray:
+    """[H, W, C] uint8 -> [C, H, W]: the reference's own order and precision of each operation."""
+    values = pixels
+    if settings.do_rescale:
+        values = values.astype(np.float64) * settings.rescale_factor
+    values = values.astype(np.float32)
+    if settings.do_normalize:
+        values = (values - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
+    return values.transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(("mean", "std"), [HALF, CLIP, ODD], ids=["half", "clip", "odd"])
+@pytest.mark.parametrize("factor", [RESCALE_FACTOR, 1 / 256, 0.3])
+@pytest.mark.parametrize("do_rescale", [True, False])
+@pytest.mark.parametrize("do_normalize", [True, False])
+def test_normalizer(
+    mean: tuple[float, ...], std: tuple[float, ...], factor: float, do_rescale: bool, do_normalize: bool
+) -> None:
+    settings = Normalizer(mean, std, factor, do_rescale, do_normalize)
+    pixels = np.concatenate([np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, 2), noise(256, 1, 3)], axis=1)
+    result = settings(Image.fromarray(pixels))
+    assert result.dtype == np.float32
+    assert result.shape == (3, 256, 2)
+    assert result.flags.c_contiguous
+    assert np.array_equal(result, slow_normalize(pixels, settings))
+
+
+def test_half_spans_minus_one_to_one() -> None:
+    result = Normalizer(*HALF)(Image.fromarray(np.array([[[0, 255, 0]]], np.uint8)))
+    assert result.reshape(-1).tolist() == [-1.0, 1.0, -1.0]
+
+
+def test_the_key_tells_settings_apart() -> None:
+    base = Normalizer(*CLIP)
+    assert base.key == Normalizer(*CLIP).key
+    others = [
+        Normalizer(HALF[0], CLIP[1]),
+        Normalizer(CLIP[0], HALF[1]),
+        Normalizer(*CLIP, rescale_factor=0.5),
+        Normalizer(*CLIP, do_rescale=False),
+        Normalizer(*CLIP, do_normalize=False),
+    ]
+    assert len({settings.key for settings in [base, *others]}) == 6
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        base.mean = (0.0,)  # type: ignore[misc]
+
+
+@given(*[st.integers(1, 4) for _ in range(5)])
+def test_split_tiles(rows: int, columns: int, height: int, width: int, channels: int) -> None:
+    pixels = noise(channels, rows * height, columns * width).astype(np.float32)
+    tiles = split_tiles(pixels, rows, columns)
+    assert tiles.shape == (rows * columns, channels, height, width)
+    assert tiles.flags.c_contiguous
+    index = 0
+    for row in range(rows):
+        for column in range(columns):
+            for c in range(channels):
+                for y in range(height):
+                    for x in range(width):
+                        assert tiles[index, c, y, x] == pixels[c, row * height + y, column * width + x]
+            index += 1
+
+
+def test_resize_leaves_a_picture_of_that_size_alone() -> None:
+    image = Image.fromarray(noise(4, 6, 3))
+    assert resize(image, 4, 6, 1) is image
+    assert resize(image, 6, 4, 1) is not image
+    assert resize(image, 6, 4, 1).size == (4, 6)
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+def test_resize_filter(resample: int) -> None:
+    image = Image.fromarray(noise(9, 7, 3))
+    expected = np.asarray(image.resize((12, 5), resample))
+    assert np.array_equal(np.asarray(resize(image, 5, 12, resample)), expected)
+
+
+def test_floats() -> None:
+    assert floats(0.5) == (0.5, 0.5, 0.5)
+    assert floats(1, 2) == (1.0, 1.0)
+    assert floats([1, 2.5]) == (1.0, 2.5)
