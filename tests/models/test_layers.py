@@ -88,7 +88,13 @@ def test_vision_attention_is_softmax_over_all_patches() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((8, 3, 4, 5), (8, 4, 5, 3)), ((8, 4, 5, 3), (8, 4, 5, 3)), ((8, 1, 2, 2), (8, 1, 2, 2)), ((3, 3), (3, 3))],
+    [
+        ((8, 3, 4, 5), (8, 4, 5, 3)),
+        ((8, 4, 5, 3), (8, 4, 5, 3)),
+        ((8, 3, 5, 3), (8, 3, 5, 3)),
+        ((8, 1, 2, 2), (8, 1, 2, 2)),
+        ((3, 3), (3, 3)),
+    ],
 )
 def test_channels_last(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     weight = mx.arange(math.prod(shape)).reshape(shape)
