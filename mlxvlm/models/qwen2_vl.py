@@ -301,7 +301,9 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub names are ours; transformers 5 (in memory) and MLX-community put the parts under other prefixes."""
-        renamed = {_our_name(name): array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+        renamed = {
+            _our_name(name): array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")
+        }
         if self._config.tie_word_embeddings:
             # Tied checkpoints may store the same matrix twice.
             renamed = {name: array for name, array in renamed.items() if not name.startswith("lm_head.")}
