@@ -108,6 +108,14 @@ def test_a_config_without_a_budget_has_the_references() -> None:
     assert (settings.min_pixels, settings.max_pixels, settings.patch, settings.merge) == (3136, 1003520, 14, 2)
 
 
+def test_left_out_settings_are_the_references(processor: Qwen2VLProcessor) -> None:
+    image = json.loads((TIED / "preprocessor_config.json").read_text())
+    assert image["image_mean"] == [0.48145466, 0.4578275, 0.40821073]
+    sizes = {name: image[name] for name in ("min_pixels", "max_pixels", "patch_size", "merge_size")}
+    pixels = build(files(image_processor=sizes)).prepare_image(picture(33, 20))[0]
+    assert np.array_equal(pixels, processor.prepare_image(picture(33, 20))[0])
+
+
 def test_layout_and_span_count_merged_patches(processor: Qwen2VLProcessor) -> None:
     prompt = processor([user("Look.", [picture(90, 19), picture(5, 4)])])
     for image in prompt.images:
