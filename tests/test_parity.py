@@ -56,8 +56,9 @@ def test_pixels(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> 
         if expected is None:
             continue
         ours = np.concatenate([image.pixels for image in prompt.images])
-        assert ours.shape == expected[0].shape, scenario
-        assert np.abs(ours - expected[0]).max() <= PIXELS, scenario
+        # The reference leads with an axis for the batch, or repeats a picture's frame in time.
+        expected = expected.reshape(*ours.shape[:-2], -1, *ours.shape[-2:])
+        assert np.abs(ours[..., None, :, :] - expected).max() <= PIXELS, scenario
         compared += 1
     assert compared >= 3
 

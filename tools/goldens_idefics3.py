@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from goldens_idefics3_cases import CASES, END, FAKE, IMAGE, Case, Json
 from goldens_json import read_json, write_json
-from goldens_reference import fill_parameters
+from goldens_reference import fill_parameters, save_loaded, share_weights
 from goldens_tokens import token_id, train
 from tokenizers import Tokenizer
 from transformers import (
@@ -171,17 +170,11 @@ def write_weights(case: Case, seed: int, tokenizer: Tokenizer, folder: Path) -> 
     with tempfile.TemporaryDirectory() as temporary:
         first, second = Path(temporary, "first"), Path(temporary, "second")
         model.to(case.dtype).save_pretrained(first)
-        # A loaded model spreads its tensors over shards in another order than a new one.
         save_loaded(case, first, second)
         for path in second.glob("*.safetensors"):
             shutil.copyfile(path, folder / path.name)
         for path in second.glob("*.index.json"):
             write_json(folder / path.name, read_json(path), compact_below=1)
-
-
-def save_loaded(case: Case, source: Path, folder: Path) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=case.dtype)
-    model.save_pretrained(folder, max_shard_size=case.shard)
 
 
 class ImageOnlySmolVLMProcessor(SmolVLMProcessor):
@@ -212,12 +205,3 @@ def resave(case: Case, source: Path, folder: Path) -> None:
     """The same model and processor as transformers 5 writes them today."""
     save_loaded(case, source, folder)
     load_processor(source).save_pretrained(folder)
-
-
-def share_weights(source: Path, folder: Path) -> None:
-    """Weight files with the very bytes of another case become links to it, as in a hub cache."""
-    for path in folder.glob("*.safetensors"):
-        twin = source / path.name
-        if twin.exists() and twin.read_bytes() == path.read_bytes():
-            path.unlink()
-            path.symlink_to(os.path.join("..", source.name, path.name))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -72,6 +73,21 @@ def fill_parameters(model: torch.nn.Module, seed: int, scale: Callable[[str, tor
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
 
 
+def save_loaded(case: Any, source: Path, folder: Path) -> None:
+    """As transformers saves what it has loaded: its tensors lie in another order than a new model's."""
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=case.dtype)
+    model.save_pretrained(folder, max_shard_size=case.shard)
+
+
+def share_weights(source: Path, folder: Path) -> None:
+    """Weight files with the very bytes of another case become links to it, as in a hub cache."""
+    for path in folder.glob("*.safetensors"):
+        twin = source / path.name
+        if twin.exists() and twin.read_bytes() == path.read_bytes():
+            path.unlink()
+            path.symlink_to(os.path.join("..", source.name, path.name))
+
+
 def inputs_for(processor: Any, chat: list[dict[str, Any]], images: dict[str, Path]) -> Prepared:
     parts = [part for message in chat for part in message["content"] if part["type"] == "image"]
     opened = [ImageOps.exif_transpose(Image.open(images[part["image"]])) for part in parts]
@@ -118,16 +134,16 @@ def rounded(values: torch.Tensor, steps: float = FINE) -> np.ndarray:
 
 
 def pixel_table(processor: Any) -> np.ndarray:
-    """What the processor makes of each of the 256 pixel values."""
+    """What the processor makes of each of the 256 pixel values, channel after channel where these differ."""
     image = processor.image_processor
-    table = (np.arange(256).astype(np.float64) * image.rescale_factor).astype(np.float32)
-    mean, std = (np.float32(values[0]) for values in (image.image_mean, image.image_std))
-    return ((table - mean) / std).astype(np.float32)
+    levels = (np.arange(256).astype(np.float64) * image.rescale_factor).astype(np.float32)
+    channels = dict.fromkeys(zip(image.image_mean, image.image_std, strict=True))
+    return np.concatenate([(levels - np.float32(mean)) / np.float32(std) for mean, std in channels])
 
 
 def pixel_codes(pixels: torch.Tensor, table: np.ndarray) -> np.ndarray:
     values = pixels.numpy()
-    codes = np.abs(values[..., None] - table).argmin(-1).astype(np.uint8)
+    codes = np.abs(values[..., None] - table).argmin(-1).astype(np.min_scalar_type(len(table) - 1))
     if not np.array_equal(table[codes], values):
         raise AssertionError("the pixel values are no indices into the table")
     return codes
@@ -151,7 +167,9 @@ def run_scenario(model: Any, processor: Any, prepared: Prepared, full: bool) -> 
         "argmax_min_margin": margin(logits),
     }
     arrays: Arrays = {
-        key: value.numpy().astype(np.int32) for key, value in inputs.items() if key not in (*masks, "pixel_values")
+        key: value.numpy().astype(np.int32)
+        for key, value in inputs.items()
+        if key not in (*masks, "mm_token_type_ids", "pixel_values")
     }
     arrays["logits_last"] = rounded(logits[-1])
     arrays["argmax"] = logits.argmax(-1).numpy().astype(np.int16)
@@ -167,7 +185,8 @@ def put_pixels(golden: Golden, name: str, used: list[str], pixels: torch.Tensor)
     if used == [name]:
         golden.arrays[f"{name}/pixel_values"] = pixel_codes(pixels, table)
         return
-    axis = 1 if len(used) > 1 else 0
+    # Behind the batch, or at once where pictures are but rows of patches.
+    axis = 1 if len(used) > 1 and pixels.ndim > 2 else 0
     joined = np.concatenate([table[golden.arrays[f"{other}/pixel_values"]] for other in used], axis)
     if not np.array_equal(joined, pixels.numpy()):
         raise AssertionError(f"{name}: the pixels are not those of {used}")

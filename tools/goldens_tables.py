@@ -1,8 +1,11 @@
-"""Tables of pure arithmetic, computed by transformers' own code: position ids and image sizes."""
+"""Tables of pure arithmetic, computed by transformers' own code: positions and image sizes."""
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from transformers.image_utils import SizeDict
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 LARGEST_GRID = 40
 # (longest_edge, max_image_size, splitting): two published settings, and one odd one beyond the 4096 cap.
@@ -109,6 +114,44 @@ def size_table() -> dict[str, Any]:
     return {"sizes": sizes, "settings": results}
 
 
+# (step, min_pixels, max_pixels) of `smart_resize`: published, its own defaults, and a small odd one.
+BUDGETS = ((28, 3136, 12845056), (28, 3136, 1003520), (6, 100, 2000))
+# Halves of steps: Python rounds them to even.
+TIES = (*((14 * a, 14 * b) for a in (1, 3, 5, 7, 9) for b in (1, 3, 5, 7, 9)), (1, 200), (200, 1), (29, 28))
+# Runs of text and (rows, columns) of merged patches.
+LAYOUTS: tuple[tuple[int | tuple[int, int], ...], ...] = (
+    (3, (2, 3), 3), (1, (1, 1), 1), (2, (5, 1), 1, (1, 5), 4), (4, (3, 3), 2, (2, 4), 1, (4, 2), 6),
+)  # fmt: skip
+
+
+def fitted_table() -> dict[str, Any]:
+    """Budget -> [h, w] of each size that `smart_resize` accepts, null for one that it refuses."""
+    sizes = [*TIES, *image_sizes(120)]
+    results = {
+        " ".join(map(str, budget)): [
+            None if max(size) > 200 * min(size) else smart_resize(size[1], size[0], *budget) for size in sizes
+        ]
+        for budget in BUDGETS
+    }
+    return {"sizes": sizes, "budgets": results}
+
+
+def mrope_table() -> list[dict[str, Any]]:
+    """Positions [3][L] and delta of each layout."""
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)))
+    model.get_vision_position_ids = partial(Qwen2VLModel.get_vision_position_ids, model)
+    results = []
+    for layout in LAYOUTS:
+        kinds = [kind for run in layout for kind in ([0] * run if isinstance(run, int) else [1] * run[0] * run[1])]
+        grids = torch.tensor([(1, 2 * run[0], 2 * run[1]) for run in layout if not isinstance(run, int)])
+        ids = torch.zeros(1, len(kinds), dtype=torch.int64)
+        positions, delta = Qwen2VLModel.get_rope_index(model, ids, torch.tensor([kinds]), grids)
+        results.append({"layout": layout, "positions": positions[:, 0].tolist(), "delta": int(delta)})
+    return results
+
+
 def write_tables(out: Path) -> None:
     write_json(out / "position_ids.json", position_table(), compact_below=0)
     write_json(out / "sizes.json", size_table(), compact_below=1)
+    write_json(out / "fitted_sizes.json", fitted_table(), compact_below=1)
+    (out / "mrope_positions.json").write_text(json.dumps(mrope_table(), separators=(",", ":")) + "\n")

@@ -1,4 +1,4 @@
-"""Tiny byte-level BPE tokenizers in the manner of Llama 3 and of SmolLM, trained on a few sentences."""
+"""Tiny byte-level BPE tokenizers in the manner of Llama 3, Qwen2 and SmolLM, trained on a few sentences."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from goldens_pictures import chats
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
 SENTENCES = (
     "Here is a red ball and there is a blue one on the table.",
     "The house has a green door; the door has a handle.",
@@ -24,7 +25,7 @@ SENTENCES = (
 class TokenizerSpec:
     """`leading` specials come before the bytes (ids from 0), `trailing` ones after the merges."""
 
-    style: str  # "llama3" or "smol"
+    style: str  # "llama3", "qwen2" or "smol"
     merges: int
     leading: tuple[str, ...]
     trailing: tuple[str, ...]
@@ -54,11 +55,12 @@ def byte_letters(texts: list[str]) -> list[str]:
 
 
 def splitter(style: str) -> Any:
-    if style == "llama3":
-        split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
+    pattern = {"llama3": LLAMA3_SPLIT, "qwen2": QWEN2_SPLIT}.get(style)
+    if pattern:
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     else:
         split = pre_tokenizers.Digits(individual_digits=True)
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=style != "llama3")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     return pre_tokenizers.Sequence([split, level])
 
 
@@ -66,6 +68,8 @@ def train(spec: TokenizerSpec) -> Tokenizer:
     texts = corpus()
     alphabet = pre_tokenizers.ByteLevel.alphabet() if spec.all_bytes else byte_letters(texts)
     tokenizer = Tokenizer(models.BPE(ignore_merges=spec.style == "llama3"))
+    if spec.style == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter(spec.style)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -85,7 +89,7 @@ def special(token: str) -> AddedToken:
 
 
 def after(tokenizer: Tokenizer, spec: TokenizerSpec) -> Any:
-    """Llama 3 adds its BOS here; SmolLM has it in the chat template only."""
+    """Llama 3 adds its BOS here; SmolLM has it in the chat template only, Qwen2 has none."""
     level = processors.ByteLevel(trim_offsets=False)
     if spec.style != "llama3":
         return level

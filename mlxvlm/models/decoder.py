@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlxvlm.models.base import Cache, KVSpec, check_numbers
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
-from mlxvlm.models.rope import RoPE, rope_parameters
+from mlxvlm.models.rope import RoPE, Rotation, rope_parameters
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class DecoderConfig:
     rms_norm_eps: float
     rope: Mapping[str, Any]
     hidden_act: str = "silu"
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k and v
+    output_bias: bool = False  # of o
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +58,7 @@ class DecoderConfig:
             rope=rope_parameters({"max_position_embeddings": 2048, **config}),
             hidden_act=config.get("hidden_act", "silu"),
             attention_bias=config.get("attention_bias", False),
+            output_bias=config.get("attention_bias", False),
             mlp_bias=config.get("mlp_bias", False),
         )
 
@@ -75,16 +77,15 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
         self._heads, self._kv_heads = heads, kv_heads
         self._scale = head_dim**-0.5
 
-    def __call__(self, x: mx.array, rope: RoPE, cache: Cache) -> mx.array:
+    def __call__(self, x: mx.array, rotate: Rotation, cache: Cache) -> mx.array:
         queries = split_heads(self.q_proj(x), self._heads)  # [B, H, L, Dh]
         keys = split_heads(self.k_proj(x), self._kv_heads)  # [B, K, L, Dh]
         values = split_heads(self.v_proj(x), self._kv_heads)
-        offset = cache.offset
-        mixed = cache.attend(rope(queries, offset), rope(keys, offset), values, self._scale)
+        mixed = cache.attend(rotate(queries), rotate(keys), values, self._scale)
         return self.o_proj(join_heads(mixed))
 
 
@@ -98,8 +99,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, rope: RoPE, cache: Cache) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+    def __call__(self, x: mx.array, rotate: Rotation, cache: Cache) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), rotate, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -118,8 +119,11 @@ class Decoder(nn.Module):
         # Embeddings quantised in mxfp4, mxfp8 or nvfp4 answer in bfloat16, whatever the rest computes in.
         return self.embed_tokens(token_ids).astype(self.norm.weight.dtype)
 
-    def __call__(self, embeds: mx.array, cache: Sequence[Cache]) -> mx.array:
+    def __call__(self, embeds: mx.array, cache: Sequence[Cache], rotate: Rotation | None = None) -> mx.array:
+        """`rotate`: for a family whose positions are not counted from the cache's offset."""
+        if rotate is None:
+            rotate = self._rope.at(cache[0].offset)
         x = embeds  # [B, L, D]
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, self._rope, layer_cache)
+            x = layer(x, rotate, layer_cache)
         return self.norm(x)

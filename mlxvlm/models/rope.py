@@ -6,8 +6,9 @@ Sources: Su et al. 2021 (arXiv 2104.09864); transformers `modeling_rope_utils.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from mlxvlm.errors import UnsupportedModelError
 
 DEFAULT_THETA = 10000.0
+
+Rotation: TypeAlias = Callable[[mx.array], mx.array]  # queries or keys [B, H, L, Dh] -> the same, rotated
 
 
 def rope_parameters(config: Mapping[str, Any], default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
@@ -58,6 +61,7 @@ def _llama3_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.
 
 _FREQUENCIES: dict[str, Callable[[int, Mapping[str, Any]], NDArray[np.float32]]] = {
     "default": _default_frequencies,
+    "mrope": _default_frequencies,  # only the positions have three axes
     "linear": _linear_frequencies,
     "llama3": _llama3_frequencies,
 }
@@ -79,5 +83,47 @@ class RoPE:
         # mx.fast.rope takes wavelengths / 2 pi, the reciprocals of the inverse frequencies.
         self._periods = mx.array(1.0 / inverse_frequencies(dims, parameters))
 
-    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods)
+    def at(self, offset: int | mx.array) -> Rotation:
+        """The rotation of one forward pass whose rows stand at `offset`, an int or int32 [B]."""
+        return partial(
+            mx.fast.rope,
+            dims=self.dims,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._periods,
+        )
+
+
+class MRoPE(RoPE):
+    """RoPE over three axes (time, height, width): each frequency reads its position from one of them.
+
+    Sources: Wang et al. 2024 (Qwen2-VL, arXiv 2409.12191); transformers `Qwen2VLRotaryEmbedding`.
+    """
+
+    def __init__(self, dims: int, parameters: Mapping[str, Any], sections: Sequence[int]) -> None:
+        super().__init__(dims, parameters)
+        if sum(sections) != dims // 2:
+            raise ValueError(f"mrope_section {list(sections)} does not cover {dims // 2} frequencies")
+        self._inverse = mx.array(inverse_frequencies(dims, parameters))
+        self._axes = mx.array(np.repeat(np.arange(len(sections)) % 3, sections).astype(np.int32))
+
+    def at_positions(self, positions: mx.array) -> Rotation:
+        """The rotation of one forward pass at positions [3, B, L]; where all three agree it is that of `at`."""
+        chosen = positions[self._axes].transpose(1, 2, 0)  # [B, L, Dh / 2]
+        return rotation(chosen[:, None] * self._inverse)
+
+
+def rotation(angles: mx.array) -> Rotation:
+    """Rotates element j and j + dims / 2 by float32 angles [..., L, Dh / 2], for positions that are no plain count.
+
+    Computes in float32 and answers in the dtype of what it rotates, as mx.fast.rope does.
+    """
+    cos, sin = mx.cos(angles), mx.sin(angles)
+
+    def rotate(x: mx.array) -> mx.array:
+        first, second = mx.split(x, 2, axis=-1)
+        return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+    return rotate

@@ -83,6 +83,14 @@ def place_images(message: Message, marker: str) -> tuple[Part, ...]:
     return tuple(placed)
 
 
+def turn_of_parts(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
+    """A turn as most templates want it. Content is always a list: some drop plain strings silently."""
+    content = [
+        {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in parts
+    ]
+    return {"role": message.role, "content": content or [{"type": "text", "text": ""}]}
+
+
 def expand_placeholders(rendered: str, marker: str, expansions: Sequence[str]) -> str:
     """Replaces the i-th marker by the i-th expansion, in one pass: expansions may hold the marker again.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mlxvlm.errors import ModelError
-from mlxvlm.messages import ImagePart, Message, Part
+from mlxvlm.messages import ImagePart, Message
 from mlxvlm.processors.base import (
     PreparedImage,
     Prompt,
@@ -25,6 +25,7 @@ from mlxvlm.processors.base import (
     expand_placeholders,
     place_images,
     placeholder_spans,
+    turn_of_parts,
 )
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.images import load_image
@@ -134,7 +135,7 @@ class Idefics3Processor:
         """Raises InputError, ImageError or TemplateError."""
         check_messages(messages)
         turns = [(message, place_images(message, IMAGE)) for message in messages]
-        rendered = self.template.render([_turn(message, parts) for message, parts in turns], template)
+        rendered = self.template.render([turn_of_parts(message, parts) for message, parts in turns], template)
         sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
         images = [self.prepare_image(load_image(source)) for source in sources]
         expansions = [self._expansion(*layout) for _, layout, _ in images]
@@ -176,14 +177,6 @@ class Idefics3Processor:
             for row in range(rows)
         ]
         return "".join(lines) + "\n" + overview
-
-
-def _turn(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
-    """Content always as parts: these templates drop plain strings silently."""
-    content = [
-        {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in parts
-    ]
-    return {"role": message.role, "content": content or [{"type": "text", "text": ""}]}
 
 
 def _tokens_per_frame(files: ProcessorFiles) -> int:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 RESCALE_FACTOR = 0.00392156862745098  # 1/255 as the checkpoints' configs spell it
+# The training data's statistics (openai/CLIP `clip.py`).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
