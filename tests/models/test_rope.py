@@ -121,7 +121,7 @@ def test_the_config_is_left_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "Llama3"])
 def test_unknown_scaling(kind: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"rope_type '{kind}' is not supported; supported: default, linear"):
+    with pytest.raises(UnsupportedModelError, match=f"rope_type '{kind}' is not supported; supported: default, "):
         RoPE(16, rope_parameters({"rope_scaling": {"rope_type": kind, "factor": 2}}))
 
 
@@ -145,7 +145,7 @@ def test_rotation(config: dict[str, Any], length: int, offset: int | list[int]) 
     x = np.random.default_rng(0).standard_normal((3, 2, length, 12)).astype(np.float32)
     given = mx.array(offset) if isinstance(offset, list) else offset
     offsets = offset if isinstance(offset, list) else [offset] * 3
-    found = np.array(RoPE(12, parameters)(mx.array(x), given))
+    found = np.array(RoPE(12, parameters).at(given)(mx.array(x)))
     expected = rotate_half(x, offsets, inverse_frequencies(12, parameters).astype(np.float64))
     np.testing.assert_allclose(found, expected, atol=2e-4)
     if max(offsets) < 10:
