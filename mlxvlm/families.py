@@ -40,6 +40,7 @@ def senseless(source: object, error: Exception) -> ModelError:
 
 FAMILIES: dict[str, Family] = {
     "idefics3": Family("idefics3", "idefics3"),
+    "mllama": Family("mllama", "mllama"),
     "smolvlm": Family("idefics3", "idefics3"),
 }
 
