@@ -94,6 +94,12 @@ class Config:
     vision: VisionConfig
     cross_attention_layers: frozenset[int]
 
+    def __post_init__(self) -> None:
+        if not self.cross_attention_layers <= set(range(self.text.num_hidden_layers)):
+            raise ValueError(f"cross_attention_layers {sorted(self.cross_attention_layers)}: no such layers")
+        if not self.cross_attention_layers:
+            raise ValueError("cross_attention_layers is empty: nothing would look at pictures")
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
         given = {key: value for key, value in (config.get("text_config") or {}).items() if value is not None}
@@ -370,17 +376,14 @@ class TextModel(nn.Module):
         self.layers: list[DecoderLayer | CrossAttentionLayer] = []
         for index in range(text.num_hidden_layers):
             is_cross = index in config.cross_attention_layers
-            self.layers.append(CrossAttentionLayer(text, self.num_cross) if is_cross else DecoderLayer(text))
+            num_cross = len(self.cross_layers)
+            self.layers.append(CrossAttentionLayer(text, num_cross) if is_cross else DecoderLayer(text))
         self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self._rope = RoPE(text.head_dim, text.rope)
 
     @property
     def cross_layers(self) -> list[CrossAttentionLayer]:
         return [layer for layer in self.layers if isinstance(layer, CrossAttentionLayer)]
-
-    @property
-    def num_cross(self) -> int:
-        return len(self.cross_layers)
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """[B, L] -> [B, L, D]."""
@@ -420,7 +423,7 @@ class Model(nn.Module):
     @property
     def kv_specs(self) -> list[KVSpec]:
         """Of the self-attention layers; what the cross layers keep is the row's own and does not grow."""
-        return self._config.text.kv_specs[: -self.language_model.model.num_cross or None]
+        return self._config.text.kv_specs[len(self.language_model.model.cross_layers) :]
 
     @property
     def vocab_size(self) -> int:
