@@ -91,7 +91,7 @@ TEXT: Json = {
     "max_position_embeddings": 4096,
     "model_type": "mllama_text_model",
     "num_attention_heads": 4,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 4,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-05,
     "rope_scaling": {
