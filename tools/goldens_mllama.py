@@ -43,9 +43,7 @@ class AuthorsMasking(modeling.MllamaCrossAttentionDecoderLayer):
         self, hidden_states: torch.Tensor, *args: Any, full_text_row_masked_out_mask: Any = None, **kwargs: Any
     ) -> torch.Tensor:
         mask = full_text_row_masked_out_mask
-        changed = AuthorsMasking.authentic(
-            self, hidden_states, *args, full_text_row_masked_out_mask=mask, **kwargs
-        )
+        changed = AuthorsMasking.authentic(self, hidden_states, *args, full_text_row_masked_out_mask=mask, **kwargs)
         return changed if mask is None else torch.where(mask[:, 0] != 0, changed, hidden_states)
 
 

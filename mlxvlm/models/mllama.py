@@ -128,7 +128,7 @@ class TileEmbedding(nn.Module):
     def __call__(self, ratio_id: int) -> mx.array:
         """[T, D]."""
         # Quantised embeddings may answer in another dtype.
-        row = self.embedding(mx.array(ratio_id)).astype(self.gate.dtype)
+        row = self.embedding(mx.array([ratio_id])).astype(self.gate.dtype)
         return row.reshape(self._tiles, -1) * mx.tanh(self.gate)
 
 
@@ -147,7 +147,7 @@ class PositionEmbedding(nn.Module):
 
     def __call__(self, x: mx.array, ratio_id: int) -> mx.array:
         gate = mx.tanh(self.gate)
-        tiles = self.tile_embedding(mx.array(ratio_id)).astype(gate.dtype)
+        tiles = self.tile_embedding(mx.array([ratio_id])).astype(gate.dtype)
         return x + (1 - gate) * self.embedding + gate * tiles.reshape(x.shape)  # [T, P, D]
 
 
