@@ -49,17 +49,13 @@ def mlx_names(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def group16(path: str, weight: mx.array) -> QuantSpec | None:
-    return None if weight.shape[-1] % 16 else QuantSpec(4, 16, "nvfp4")
-
-
-def embeddings(path: str, weight: mx.array) -> QuantSpec | None:
+def tables(spec: QuantSpec) -> Recipe:
     """As old converters did: everything whose width divides, the tower's tables among it."""
-    return QuantSpec(8, 32) if weight.shape[-1] % 32 == 0 else None
+    return lambda path, weight: None if weight.shape[-1] % 32 else spec
 
 
 LAYOUTS = {"hub": dict, "in-memory": in_memory_names, "mlx": mlx_names}
-RECIPES: dict[str, Recipe] = {"nvfp4": group16, "tables": embeddings}
+RECIPES: dict[str, Recipe] = {"nvfp4": tables(QuantSpec(4, 16, "nvfp4")), "affine": tables(QuantSpec(8, 32))}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +109,7 @@ def test_quantised_equals_dequantised(recipe: str, layout: str, tmp_path: Path, 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_quantised_model_computes_in_the_chosen_dtype(dtype: str, tmp_path: Path) -> None:
-    packed, _ = quantised(tensors_of(HUB), group16)
+    packed, _ = quantised(tensors_of(HUB), RECIPES["nvfp4"])
     source = open_model(str(write_mlx(tmp_path / "m", HUB, packed)))
     model = source.build(dtype, lambda done, total: None)
     prompt = source.processor(Case(HUB).messages("two_images"))
