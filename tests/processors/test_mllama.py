@@ -176,7 +176,9 @@ def test_a_digest_covers_pixels_and_settings(files: ProcessorFiles, processor: M
     digest = processor.prepare_image(picture(9, 9))[2]
     assert digest == processor.prepare_image(picture(9, 9))[2]
     other = build(replace(files, image_processor={**files.image_processor, "image_mean": [0.5, 0.5, 0.5]}))
-    assert len({digest, processor.prepare_image(picture(9, 8))[2], other.prepare_image(picture(9, 9))[2]}) == 3
+    assert other.prepare_image(picture(9, 9))[2] != digest
+    # The same bytes in another shape.
+    assert processor.prepare_image(picture(9, 8))[2] != processor.prepare_image(picture(8, 9))[2]
 
 
 def test_defaults_are_the_references() -> None:
