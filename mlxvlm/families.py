@@ -41,6 +41,7 @@ def senseless(source: object, error: Exception) -> ModelError:
 FAMILIES: dict[str, Family] = {
     "idefics3": Family("idefics3", "idefics3"),
     "qwen2_vl": Family("qwen2_vl", "qwen2_vl"),
+    "mllama": Family("mllama", "mllama"),
     "smolvlm": Family("idefics3", "idefics3"),
 }
 

@@ -52,6 +52,11 @@ class Case:
     def batch(self) -> list[str]:
         return self._truth[1]["batch"]
 
+    @property
+    def template(self) -> dict[str, Any]:
+        """Variables that the chat template was rendered with, such as a fixed date."""
+        return self._truth[1].get("template_kwargs", {})
+
     def expected(self, scenario: str) -> dict[str, Any]:
         return self._truth[1]["scenarios"][scenario]
 

@@ -23,7 +23,7 @@ PIXELS = 1e-5
 @pytest.fixture(scope="module")
 def loaded(case: Case) -> tuple[Case, VisionLanguageModel, dict[str, Prompt]]:
     processor = case.open().processor
-    prompts = {scenario: processor(case.messages(scenario)) for scenario in case.scenarios}
+    prompts = {scenario: processor(case.messages(scenario), case.template) for scenario in case.scenarios}
     return case, case.build(), prompts
 
 
@@ -95,7 +95,8 @@ def engine(case: Case, request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 def greedy(case: Case, scenario: str) -> Request:
     count = len(case.expected(scenario)["greedy"])
-    return Request(case.messages(scenario), SamplingParams(max_tokens=count, ignore_eos=True))
+    sampling = SamplingParams(max_tokens=count, ignore_eos=True)
+    return Request(case.messages(scenario), sampling, case.template)
 
 
 def test_greedy_alone(case: Case, engine: Engine) -> None:

@@ -88,23 +88,25 @@ def share_weights(source: Path, folder: Path) -> None:
             path.symlink_to(os.path.join("..", source.name, path.name))
 
 
-def inputs_for(processor: Any, chat: list[dict[str, Any]], images: dict[str, Path]) -> Prepared:
+def inputs_for(case: Any, processor: Any, chat: list[dict[str, Any]], images: dict[str, Path]) -> Prepared:
     parts = [part for message in chat for part in message["content"] if part["type"] == "image"]
     opened = [ImageOps.exif_transpose(Image.open(images[part["image"]])) for part in parts]
-    messages = [
-        {
-            "role": message["role"],
-            "content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]],
-        }
-        for message in chat
-    ]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    messages = [{"role": message["role"], "content": content_of(case, message)} for message in chat]
+    variables = getattr(case, "template", {})
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
     bos = processor.tokenizer.bos_token
     add_special_tokens = not (bos and prompt.startswith(bos))
     given = {"images": [opened]} if opened else {}
     inputs = processor(text=[prompt], return_tensors="pt", add_special_tokens=add_special_tokens, **given)
     floats = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
     return prompt, add_special_tokens, floats
+
+
+def content_of(case: Any, message: dict[str, Any]) -> Any:
+    """Parts, or the text alone of a system turn where the case's template takes nothing else."""
+    if message["role"] == "system" and getattr(case, "plain_system", False):
+        return "".join(part["text"] for part in message["content"])
+    return [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
 
 
 def greedy(model: Any, processor: Any, inputs: Any) -> tuple[list[int], float]:
@@ -133,17 +135,21 @@ def rounded(values: torch.Tensor, steps: float = FINE) -> np.ndarray:
     return (np.round(values.double().numpy() * steps) / steps).astype(np.float32)
 
 
-def pixel_table(processor: Any) -> np.ndarray:
-    """What the processor makes of each of the 256 pixel values, channel after channel where these differ."""
+def pixel_table(case: Any, processor: Any) -> np.ndarray:
+    """What the processor makes of each of the 256 pixel values, for each kind of channel; 0 for blank tiles."""
     image = processor.image_processor
     levels = (np.arange(256).astype(np.float64) * image.rescale_factor).astype(np.float32)
-    channels = dict.fromkeys(zip(image.image_mean, image.image_std, strict=True))
-    return np.concatenate([(levels - np.float32(mean)) / np.float32(std) for mean, std in channels])
+    kinds = dict.fromkeys(zip(image.image_mean, image.image_std, strict=True))
+    tables = [(levels - np.float32(mean)) / np.float32(std) for mean, std in kinds]
+    blank = [np.zeros(1, np.float32)] if getattr(case, "blank_tiles", False) else []
+    return np.concatenate([*tables, *blank]).astype(np.float32)
 
 
 def pixel_codes(pixels: torch.Tensor, table: np.ndarray) -> np.ndarray:
     values = pixels.numpy()
-    codes = np.abs(values[..., None] - table).argmin(-1).astype(np.min_scalar_type(len(table) - 1))
+    order = np.argsort(table, kind="stable")
+    codes = order[np.searchsorted(table[order], values).clip(max=len(table) - 1)]
+    codes = codes.astype(np.uint8 if len(table) <= 256 else np.uint16)
     if not np.array_equal(table[codes], values):
         raise AssertionError("the pixel values are no indices into the table")
     return codes
@@ -196,13 +202,13 @@ def put_pixels(golden: Golden, name: str, used: list[str], pixels: torch.Tensor)
 def run_case(case: Any, folder: Path, load_processor: LoadProcessor, scenarios: dict[str, Any], images: Path) -> Golden:
     """Loads the checkpoint in `folder` and runs the case's scenarios."""
     model, processor = load_model(folder), load_processor(folder)
-    golden = Golden(describe(folder, model, processor) | {"batch": scenarios["batch"]})
-    golden.arrays["pixel_table"] = pixel_table(processor)
+    golden = Golden(describe(case, folder, model, processor) | {"batch": scenarios["batch"]})
+    golden.arrays["pixel_table"] = pixel_table(case, processor)
     paths = {name: images / file for name, file in scenarios["images"].items()}
     for name, chat in scenarios["scenarios"].items():
         if name in case.skipped:
             continue
-        prepared = inputs_for(processor, chat, paths)
+        prepared = inputs_for(case, processor, chat, paths)
         golden.scenarios[name], arrays = run_scenario(model, processor, prepared, name in case.full_logits)
         golden.arrays |= {f"{name}/{key}": value for key, value in arrays.items()}
         used = [part["image"] for message in chat for part in message["content"] if part["type"] == "image"]
@@ -211,7 +217,7 @@ def run_case(case: Any, folder: Path, load_processor: LoadProcessor, scenarios: 
     return golden
 
 
-def describe(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
+def describe(case: Any, folder: Path, model: Any, processor: Any) -> dict[str, Any]:
     return {
         "case": folder.name,
         "stored_dtype": stored_dtype(folder),
@@ -222,7 +228,7 @@ def describe(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
         "torch": torch.__version__.split("+")[0],
         "new_tokens": NEW_TOKENS,
         "eos": json.loads((folder / "generation_config.json").read_text())["eos_token_id"],
-        "template_kwargs": {},
+        "template_kwargs": getattr(case, "template", {}),
     }
 
 

@@ -3,7 +3,8 @@
     python tools/make_goldens.py [--out tests/goldens] [--case NAME ...] [--check]
 
 Needs the `goldens` extra. Everything comes from fixed seeds: a second run gives the same files.
-A new family: a module with CASES, build, load_processor, resave and share_weights, named in FAMILIES.
+A new family: a module with CASES, build, load_processor, resave, share_weights and, for arithmetic that deserves
+a table of its own, write_tables; named in FAMILIES.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import goldens_idefics3
+import goldens_mllama
 import goldens_qwen2_vl
 import goldens_tables
 import torch
@@ -33,7 +35,7 @@ from goldens_reference import (
     write_golden,
 )
 
-FAMILIES: tuple[ModuleType, ...] = (goldens_idefics3, goldens_qwen2_vl)
+FAMILIES: tuple[ModuleType, ...] = (goldens_idefics3, goldens_mllama, goldens_qwen2_vl)
 SEEDS_TRIED = 60
 CHECK_TOLERANCE = 5e-5  # another processor may round otherwise; full logits are stored in steps of 6e-5
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +125,9 @@ def main() -> int:
     for family, case in chosen:
         make_case(family, case, options.out, scenarios)
     if not options.case:
-        goldens_tables.write_tables(options.out)
+        for module in (goldens_tables, *FAMILIES):
+            if hasattr(module, "write_tables"):
+                module.write_tables(options.out)
     return 0
 
 

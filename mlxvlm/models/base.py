@@ -72,7 +72,8 @@ class Inputs:
 
     embeds: mx.array  # [B, L, D]
     positions: mx.array | None = None  # [3, B, L] for M-RoPE; None: count from cache.offset + position_delta
-    sees: mx.array | None = None  # bool [B, L, images]: which pictures a token attends to, cross-attention families
+    # bool [B, L, images]: which pictures a token of a prompt attends to, cross-attention families. None: see `rows`.
+    sees: mx.array | None = None
     rows: Sequence[RowState] = ()  # B of them, where the family has any state of rows
 
     def __getitem__(self, chunk: slice) -> Inputs:
