@@ -392,10 +392,10 @@ class TextModel(nn.Module):
 
     def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
         x, views = inputs.embeds, views_of(inputs)  # [B, L, D]
-        caches = iter(cache)
+        caches, rotate = iter(cache), self._rope.at(cache[0].offset)
         for layer in self.layers:
             if isinstance(layer, DecoderLayer):
-                x = layer(x, self._rope, next(caches))
+                x = layer(x, rotate, next(caches))
             elif views is not None:
                 x = layer(x, views)
         return self.norm(x)

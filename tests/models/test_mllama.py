@@ -169,7 +169,7 @@ class SlowDecoder:
         caches = iter(KVPass([KVGroup.single(self.specs, 0)], x.shape[1]).layers)
         for layer in self.text.layers:
             if not isinstance(layer, mllama.CrossAttentionLayer):
-                x = layer(x, self.text._rope, next(caches))
+                x = layer(x, self.text._rope.at(0), next(caches))
                 continue
             x = mx.stack([self.one(layer, x[0, place], features, row) for place, row in enumerate(sees)])[None]
         return self.text.norm(x)
