@@ -41,6 +41,8 @@ def senseless(source: object, error: Exception) -> ModelError:
 FAMILIES: dict[str, Family] = {
     "idefics3": Family("idefics3", "idefics3"),
     "smolvlm": Family("idefics3", "idefics3"),
+    "llava": Family("llava", "llava"),
+    "llava_next": Family("llava", "llava"),
 }
 
 
