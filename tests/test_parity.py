@@ -108,13 +108,22 @@ def greedy(case: Case, scenario: str) -> Request:
     return Request(case.messages(scenario), SamplingParams(max_tokens=count, ignore_eos=True))
 
 
+def is_same_text(streamed: str, whole: str) -> bool:
+    """Equal but for U+FFFD in the whole text: SentencePiece's byte tokens make one of each byte of an invalid run.
+
+    So a good "Y" becomes one when a broken byte follows, after a stream has given it out. Words and letters have tokens
+    of their own, so only random weights write such runs; streamed answers keep the letter.
+    """
+    return len(streamed) == len(whole) and all(b in (a, "\ufffd") for a, b in zip(streamed, whole, strict=True))
+
+
 def test_greedy_alone(case: Case, engine: Engine) -> None:
     # Smaller chunks change nothing but the time; the batch test below has every scenario at every chunk size.
     chosen = case.batch if engine.config.prefill_chunk == 1 else case.scenarios
     for scenario in chosen:
         answer = engine.generate(greedy(case, scenario))
         assert list(answer.token_ids) == case.expected(scenario)["greedy"], scenario
-        assert answer.text == case.expected(scenario)["greedy_text"], scenario
+        assert is_same_text(answer.text, case.expected(scenario)["greedy_text"]), scenario
         assert answer.usage.prompt_tokens == case.expected(scenario)["seq_len"], scenario
 
 

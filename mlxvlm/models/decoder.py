@@ -84,8 +84,9 @@ class DecoderConfig:
             raise ValueError(f"{self.num_attention_heads} heads can't share {self.num_key_value_heads} kv heads")
         if self.windows and len(self.windows) != self.num_hidden_layers:
             raise ValueError(f"layer_types names {len(self.windows)} layers of {self.num_hidden_layers}")
-        if any(window is not None and window < 1 for window in self.windows):
-            raise ValueError(f"sliding_window {min(filter(None.__ne__, self.windows))}")
+        for window in self.windows:
+            if window is not None and window < 1:
+                raise ValueError(f"sliding_window {window} is no positive number")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], rms_norm_eps: float = 1e-6) -> DecoderConfig:

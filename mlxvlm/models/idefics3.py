@@ -30,7 +30,6 @@ from mlxvlm.models.decoder import Decoder, DecoderConfig
 from mlxvlm.models.vit import Encoder, VisionConfig, to_channels_last
 from mlxvlm.processors.base import PreparedImage, Prompt
 
-
 # Idefics3VisionConfig's, for what a vision_config leaves out.
 VISION_DEFAULTS = {
     "hidden_size": 1152,

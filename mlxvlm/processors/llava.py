@@ -153,7 +153,9 @@ class AnyRes:
         side = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
         crop = _both_sides(config.get("crop_size") or 224)
         if side != tower.image_size or crop != (side, side):
-            raise ModelError(f"the image processor makes tiles of {crop} from {size}, the tower takes {tower.image_size}")
+            raise ModelError(
+                f"the image processor makes tiles of {crop} from {size}, the tower takes {tower.image_size}"
+            )
         chosen = config.get("image_grid_pinpoints") or pinpoints or DEFAULT_PINPOINTS
         canvases = tuple((int(height), int(width)) for height, width in chosen)
         if any(length % side or length < side for canvas in canvases for length in canvas):
