@@ -116,16 +116,17 @@ def rounded(values: torch.Tensor, steps: float = FINE) -> np.ndarray:
 
 
 def pixel_table(processor: Any) -> np.ndarray:
-    """What the processor makes of each of the 256 pixel values."""
+    """What the processor makes of each of the 256 pixel values; one table after another if channels differ."""
     image = processor.image_processor
     table = (np.arange(256).astype(np.float64) * image.rescale_factor).astype(np.float32)
-    mean, std = (np.float32(values[0]) for values in (image.image_mean, image.image_std))
-    return ((table - mean) / std).astype(np.float32)
+    channels = dict.fromkeys(zip(image.image_mean, image.image_std, strict=True))
+    parts = [(table - np.float32(mean)) / np.float32(std) for mean, std in channels]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def pixel_codes(pixels: torch.Tensor, table: np.ndarray) -> np.ndarray:
     values = pixels.numpy()
-    codes = np.abs(values[..., None] - table).argmin(-1).astype(np.uint8)
+    codes = np.abs(values[..., None] - table).argmin(-1).astype(np.uint8 if len(table) <= 256 else np.uint16)
     if not np.array_equal(table[codes], values):
         raise AssertionError("the pixel values are no indices into the table")
     return codes
@@ -168,8 +169,11 @@ def put_pixels(golden: Golden, name: str, used: list[str], pixels: torch.Tensor)
     if used == [name]:
         golden.arrays[f"{name}/pixel_values"] = pixel_codes(pixels, table)
         return
-    axis = 1 if len(used) > 1 else 0
-    joined = np.concatenate([table[golden.arrays[f"{other}/pixel_values"]] for other in used], axis)
+    axis = 1 if len(used) > len(pixels) else 0
+    parts = [table[golden.arrays[f"{other}/pixel_values"]] for other in used]
+    if any(part.shape[1:] != pixels.shape[1:] for part in parts) and axis == 0:
+        return  # pictures of different tile counts, padded to the largest: stored one by one already
+    joined = np.concatenate(parts, axis)
     if not np.array_equal(joined, pixels.numpy()):
         raise AssertionError(f"{name}: the pixels are not those of {used}")
     golden.scenarios[name]["pixels"] = {"of": used, "axis": axis}
