@@ -42,9 +42,7 @@ VICUNA = (
 )
 INST = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
-    + PARTS
-    + "{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}" + PARTS + "{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"
 )
 CLIP_IMAGE: Json = {
@@ -73,7 +71,7 @@ class Case:
 CASES = (
     Case(
         name="llava_clip",
-        seed=1,
+        seed=2,
         config={
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",
@@ -108,7 +106,7 @@ CASES = (
         },
         template=VICUNA,
         dtype=torch.float16,
-        ),
+    ),
     Case(
         name="llava_siglip",
         seed=1,
@@ -147,7 +145,7 @@ CASES = (
     ),
     Case(
         name="llava_next_tiles",
-        seed=1,
+        seed=2,
         config={
             "architectures": ["LlavaNextForConditionalGeneration"],
             "image_grid_pinpoints": [[12, 24], [24, 12], [24, 24], [36, 12], [12, 48]],
@@ -184,7 +182,7 @@ CASES = (
         },
         template=INST,
         dtype=torch.bfloat16,
-        ),
+    ),
 )
 
 

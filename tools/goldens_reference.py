@@ -76,8 +76,10 @@ def inputs_for(processor: Any, chat: list[dict[str, Any]], images: dict[str, Pat
     parts = [part for message in chat for part in message["content"] if part["type"] == "image"]
     opened = [ImageOps.exif_transpose(Image.open(images[part["image"]])) for part in parts]
     messages = [
-        {"role": message["role"],
-         "content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
+        {
+            "role": message["role"],
+            "content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]],
+        }
         for message in chat
     ]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -101,7 +103,7 @@ def greedy(model: Any, processor: Any, inputs: Any) -> tuple[list[int], float]:
         return_dict_in_generate=True,
     )
     out = model.generate(**inputs, generation_config=config)
-    ids = out.sequences[0, inputs["input_ids"].shape[1]:].tolist()
+    ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return ids, margin(torch.stack([step[0] for step in out.logits]))
 
 
@@ -132,9 +134,7 @@ def pixel_codes(pixels: torch.Tensor, table: np.ndarray) -> np.ndarray:
     return codes
 
 
-def run_scenario(
-    model: Any, processor: Any, prepared: Prepared, full: bool
-) -> tuple[dict[str, Any], Arrays]:
+def run_scenario(model: Any, processor: Any, prepared: Prepared, full: bool) -> tuple[dict[str, Any], Arrays]:
     prompt, add_special_tokens, inputs = prepared
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[0]
@@ -152,8 +152,7 @@ def run_scenario(
         "argmax_min_margin": margin(logits),
     }
     arrays: Arrays = {
-        key: value.numpy().astype(np.int32)
-        for key, value in inputs.items() if key not in (*masks, "pixel_values")
+        key: value.numpy().astype(np.int32) for key, value in inputs.items() if key not in (*masks, "pixel_values")
     }
     arrays["logits_last"] = rounded(logits[-1])
     arrays["argmax"] = logits.argmax(-1).numpy().astype(np.int16)
@@ -179,9 +178,7 @@ def put_pixels(golden: Golden, name: str, used: list[str], pixels: torch.Tensor)
     golden.scenarios[name]["pixels"] = {"of": used, "axis": axis}
 
 
-def run_case(
-    case: Any, folder: Path, load_processor: LoadProcessor, scenarios: dict[str, Any], images: Path
-) -> Golden:
+def run_case(case: Any, folder: Path, load_processor: LoadProcessor, scenarios: dict[str, Any], images: Path) -> Golden:
     """Loads the checkpoint in `folder` and runs the case's scenarios."""
     model, processor = load_model(folder), load_processor(folder)
     golden = Golden(describe(folder, model, processor) | {"batch": scenarios["batch"]})
