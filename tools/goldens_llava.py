@@ -43,7 +43,8 @@ VICUNA = (
 INST = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + '\\n\\n' }}"
     "{% elif message['role'] == 'user' %}{{ '[INST] ' }}" + PARTS + "{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% endif %}"
+    "{% endfor %}"
 )
 CLIP_IMAGE: Json = {
     "do_center_crop": True,

@@ -186,7 +186,7 @@ def test_windows_of_some_layers() -> None:
 
 
 def test_config_defaults() -> None:
-    config = Config.from_dict({"model_type": "llava_next"})
+    config = Config.from_dict({"model_type": "llava_next", "text_config": {"vocab_size": 32064}})
     vision = config.vision
     assert (vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size) == (1024, 24, 336, 14)
     assert (vision.hidden_act, vision.layer_norm_eps, config.feature_layers) == ("quick_gelu", 1e-5, (23,))
@@ -203,11 +203,11 @@ def test_config_defaults() -> None:
     ],
 )
 def test_senseless_configs(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="image_token_index|vision_feature"):
+    with pytest.raises(ValueError, match=r"image_token_index|vision_feature"):
         build(config_of(CLIP, **changes))
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 def test_other_parts_are_refused_by_name(part: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"{part}'s model_type 'pixtral'"):
+    with pytest.raises(UnsupportedModelError, match=rf"{part}'s model_type 'pixtral'"):
         build(config_of(CLIP, **{part: {"model_type": "pixtral"}}))
