@@ -207,14 +207,14 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub and transformers 5 names are ours; MLX-community ones lack the `model.` prefix."""
-        renamed = {renamed(name, _RENAMES): array for name, array in weights.items()}
+        named = {renamed(name, _RENAMES): array for name, array in weights.items()}
         if self._config.tie_word_embeddings:
             # Tied checkpoints may store the same matrix twice.
-            renamed = {name: array for name, array in renamed.items() if not name.startswith("lm_head.")}
+            named = {name: array for name, array in named.items() if not name.startswith("lm_head.")}
         conv = "model.vision_model.embeddings.patch_embedding.weight"
-        if conv in renamed:
-            renamed[conv] = to_channels_last(renamed[conv], self._config.vision.num_channels)
-        return {name: array for name, array in renamed.items() if not is_buffer(name)}
+        if conv in named:
+            named[conv] = to_channels_last(named[conv], self._config.vision.num_channels)
+        return {name: array for name, array in named.items() if not is_buffer(name)}
 
 
 _RENAMES = (
