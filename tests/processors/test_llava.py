@@ -87,6 +87,7 @@ def test_rounding_before_truncation() -> None:
             continue
         trim_y, trim_x = padding_patches(height, width, grid_height, 24)
         assert (trim_y, trim_x) == ((grid_height - height * 24 // width) // 2, 0)
+        assert padding_patches(width, height, 24, grid_height) == (0, trim_y)  # turned by 90 degrees
 
 
 @given(SIDES, SIDES)
