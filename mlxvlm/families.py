@@ -43,6 +43,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family("qwen2_vl", "qwen2_vl"),
     "mllama": Family("mllama", "mllama"),
     "smolvlm": Family("idefics3", "idefics3"),
+    "llava": Family("llava", "llava"),
+    "llava_next": Family("llava", "llava"),
 }
 
 

@@ -48,6 +48,16 @@ def test_token_ids(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) 
         assert list(prompt.token_ids) == case.arrays[f"{scenario}/input_ids"].reshape(-1).tolist(), scenario
 
 
+def real_frames(expected: np.ndarray, counts: list[int]) -> np.ndarray:
+    """All pictures' frames, [F, 3, h, w], out of any of transformers' shapes.
+
+    [F, 3, h, w]; [1, F, 3, h, w] for a prompt; [pictures, most frames, 3, h, w] with empty frames at the end of some.
+    """
+    if expected.ndim == 5 and len(expected) == len(counts) > 1:
+        return np.concatenate([frames[:count] for frames, count in zip(expected, counts, strict=True)])
+    return expected.reshape(-1, *expected.shape[-3:])
+
+
 def test_pixels(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> None:
     case, _, prompts = loaded
     compared = 0
@@ -56,9 +66,10 @@ def test_pixels(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> 
         if expected is None:
             continue
         ours = np.concatenate([image.pixels for image in prompt.images])
-        # The reference leads with an axis for the batch, or repeats a picture's frame in time.
-        expected = expected.reshape(*ours.shape[:-2], -1, *ours.shape[-2:])
-        assert np.abs(ours[..., None, :, :] - expected).max() <= PIXELS, scenario
+        frames = real_frames(expected, [len(image.pixels) for image in prompt.images])
+        # One reference repeats a picture's frame in time.
+        frames = frames.reshape(*ours.shape[:-2], -1, *ours.shape[-2:])
+        assert np.abs(ours[..., None, :, :] - frames).max() <= PIXELS, scenario
         compared += 1
     assert compared >= 3
 
@@ -99,13 +110,22 @@ def greedy(case: Case, scenario: str) -> Request:
     return Request(case.messages(scenario), sampling, case.template)
 
 
+def is_same_text(streamed: str, whole: str) -> bool:
+    """Equal but for U+FFFD in the whole text: SentencePiece's byte tokens make one of each byte of an invalid run.
+
+    So a good "Y" becomes one when a broken byte follows, after a stream has given it out. Words and letters have tokens
+    of their own, so only random weights write such runs; streamed answers keep the letter.
+    """
+    return len(streamed) == len(whole) and all(b in (a, "\ufffd") for a, b in zip(streamed, whole, strict=True))
+
+
 def test_greedy_alone(case: Case, engine: Engine) -> None:
     # Smaller chunks change nothing but the time; the batch test below has every scenario at every chunk size.
     chosen = case.batch if engine.config.prefill_chunk == 1 else case.scenarios
     for scenario in chosen:
         answer = engine.generate(greedy(case, scenario))
         assert list(answer.token_ids) == case.expected(scenario)["greedy"], scenario
-        assert answer.text == case.expected(scenario)["greedy_text"], scenario
+        assert is_same_text(answer.text, case.expected(scenario)["greedy_text"]), scenario
         assert answer.usage.prompt_tokens == case.expected(scenario)["seq_len"], scenario
 
 

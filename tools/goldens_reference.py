@@ -191,9 +191,12 @@ def put_pixels(golden: Golden, name: str, used: list[str], pixels: torch.Tensor)
     if used == [name]:
         golden.arrays[f"{name}/pixel_values"] = pixel_codes(pixels, table)
         return
-    # Behind the batch, or at once where pictures are but rows of patches.
-    axis = 1 if len(used) > 1 and pixels.ndim > 2 else 0
-    joined = np.concatenate([table[golden.arrays[f"{other}/pixel_values"]] for other in used], axis)
+    # Behind the batch, or at once where the first axis is that of pictures or patches.
+    axis = 1 if pixels.ndim > 2 and len(used) > len(pixels) else 0
+    parts = [table[golden.arrays[f"{other}/pixel_values"]] for other in used]
+    if any(part.shape[1:] != pixels.shape[1:] for part in parts) and axis == 0:
+        return  # pictures of different tile counts, padded to the largest: stored one by one already
+    joined = np.concatenate(parts, axis)
     if not np.array_equal(joined, pixels.numpy()):
         raise AssertionError(f"{name}: the pixels are not those of {used}")
     golden.scenarios[name]["pixels"] = {"of": used, "axis": axis}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -130,3 +131,17 @@ def merge_features(embeds: mx.array, prompt: Prompt, image_token_id: int, featur
     rows = mx.concatenate(list(features)).astype(embeds.dtype)
     embeds[:, mx.array(np.concatenate(places).astype(np.int32))] = rows[None]
     return embeds
+
+
+def renamed(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    """A tensor's name by the first (pattern, replacement) that matches; as it is when none does."""
+    for pattern, replacement in rules:
+        new, count = pattern.subn(replacement, name)
+        if count:
+            return new
+    return name
+
+
+def is_buffer(name: str) -> bool:
+    """Values that old releases stored and every release recomputes."""
+    return name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +17,50 @@ from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
 from mlxvlm.models.rope import RoPE, Rotation, rope_parameters
 
 
+class TextType(NamedTuple):
+    """What one text model_type adds to Llama: its class's defaults, and what no config can change."""
+
+    defaults: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
+
+
+_LLAMA_DEFAULTS: Mapping[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+}
+# Sources: transformers `LlamaConfig`, `MistralConfig`, `Qwen2Config` and the projections of their attention.
+TEXT_TYPES: Mapping[str, TextType] = {
+    "llama": TextType(fixed={"use_sliding_window": False}),
+    "mistral": TextType(
+        defaults={
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        fixed={"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "layer_types": None},
+    ),
+    "qwen2": TextType(
+        defaults={
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "vocab_size": 151936,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        fixed={"attention_bias": True, "output_bias": False, "mlp_bias": False},
+    ),
+}
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A text_config with transformers' LlamaConfig defaults for what it leaves out."""
+    """A text_config with the defaults that transformers has for its model_type; Llama's for any other."""
 
     hidden_size: int
     intermediate_size: int
@@ -35,36 +76,55 @@ class DecoderConfig:
     attention_bias: bool = False  # of q, k and v
     output_bias: bool = False  # of o
     mlp_bias: bool = False
+    windows: tuple[int | None, ...] = ()  # of each layer; none given: all layers see everything
 
     def __post_init__(self) -> None:
         check_numbers(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads} heads can't share {self.num_key_value_heads} kv heads")
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(self.windows)} layers of {self.num_hidden_layers}")
+        for window in self.windows:
+            if window is not None and window < 1:
+                raise ValueError(f"sliding_window {window} is no positive number")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], rms_norm_eps: float = 1e-6) -> DecoderConfig:
-        hidden = config.get("hidden_size", 4096)
-        heads = config.get("num_attention_heads", 32)
+        text_type = TEXT_TYPES.get(config.get("model_type", "llama"), TEXT_TYPES["llama"])
+        config = {**_LLAMA_DEFAULTS, **text_type.defaults, **config, **text_type.fixed}
+        heads, attention_bias = config["num_attention_heads"], config.get("attention_bias", False)
         return cls(
-            hidden_size=hidden,
-            intermediate_size=config.get("intermediate_size", 11008),
-            num_hidden_layers=config.get("num_hidden_layers", 32),
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab_size=config.get("vocab_size", 32000),
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config["max_position_embeddings"],
             rms_norm_eps=config.get("rms_norm_eps", rms_norm_eps),
-            rope=rope_parameters({"max_position_embeddings": 2048, **config}),
+            rope=rope_parameters(config),
             hidden_act=config.get("hidden_act", "silu"),
-            attention_bias=config.get("attention_bias", False),
-            output_bias=config.get("attention_bias", False),
+            attention_bias=attention_bias,
+            output_bias=config.get("output_bias", attention_bias),
             mlp_bias=config.get("mlp_bias", False),
+            windows=_windows(config),
         )
 
     @property
     def kv_specs(self) -> list[KVSpec]:
-        return [KVSpec(self.num_key_value_heads, self.head_dim)] * self.num_hidden_layers
+        windows = self.windows or (None,) * self.num_hidden_layers
+        return [KVSpec(self.num_key_value_heads, self.head_dim, window) for window in windows]
+
+
+def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """How far each layer looks back: by layer_types, else the layers from max_window_layers on have the window."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = config.get("max_window_layers", 0)
+    return tuple(window if layer >= first else None for layer in range(config["num_hidden_layers"]))
 
 
 class Attention(nn.Module):

@@ -16,39 +16,32 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, check_numbers, merge_features
+from mlxvlm.models.base import (
+    Cache,
+    Inputs,
+    KVSpec,
+    RowState,
+    check_numbers,
+    is_buffer,
+    merge_features,
+    renamed,
+)
 from mlxvlm.models.decoder import Decoder, DecoderConfig
-from mlxvlm.models.vit import EncoderLayer, to_channels_last
+from mlxvlm.models.vit import Encoder, VisionConfig, to_channels_last
 from mlxvlm.processors.base import PreparedImage, Prompt
 
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """vision_config with transformers' Idefics3VisionConfig defaults."""
-
-    hidden_size: int = 1152
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"vision width {self.hidden_size} can't be split into {self.num_attention_heads} heads")
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> VisionConfig:
-        return cls(**{name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None})
-
-    @property
-    def grid(self) -> int:
-        """Patches a side; pixels beyond the last whole patch are not seen."""
-        return self.image_size // self.patch_size
+# Idefics3VisionConfig's, for what a vision_config leaves out.
+VISION_DEFAULTS = {
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class Config:
         return cls(
             # The reference's own default text config has another eps than a partial one.
             text=DecoderConfig.from_dict(text or {"rms_norm_eps": 1e-5}),
-            vision=VisionConfig.from_dict(config.get("vision_config") or {}),
+            vision=VisionConfig.from_dict(config.get("vision_config") or {}, VISION_DEFAULTS),
             image_token_id=config.get("image_token_id", 128257),
             scale_factor=config.get("scale_factor", 2),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
@@ -108,23 +101,6 @@ class VisionEmbeddings(nn.Module):
         # Quantised embeddings may answer in another dtype.
         embedded = self.position_embedding(positions).astype(patches.dtype)
         return patches.reshape(-1, height * width, dims) + embedded
-
-
-class Encoder(nn.Module):
-    """The stack of layers, named as in the checkpoint."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.layers = [
-            EncoderLayer(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.hidden_act,
-                config.layer_norm_eps,
-            )
-            for _ in range(config.num_hidden_layers)
-        ]
 
 
 class VisionModel(nn.Module):
@@ -226,14 +202,14 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub and transformers 5 names are ours; MLX-community ones lack the `model.` prefix."""
-        renamed = {_our_name(name): array for name, array in weights.items()}
+        named = {renamed(name, _RENAMES): array for name, array in weights.items()}
         if self._config.tie_word_embeddings:
             # Tied checkpoints may store the same matrix twice.
-            renamed = {name: array for name, array in renamed.items() if not name.startswith("lm_head.")}
+            named = {name: array for name, array in named.items() if not name.startswith("lm_head.")}
         conv = "model.vision_model.embeddings.patch_embedding.weight"
-        if conv in renamed:
-            renamed[conv] = to_channels_last(renamed[conv], self._config.vision.num_channels)
-        return {name: array for name, array in renamed.items() if not _is_buffer(name)}
+        if conv in named:
+            named[conv] = to_channels_last(named[conv], self._config.vision.num_channels)
+        return {name: array for name, array in named.items() if not is_buffer(name)}
 
 
 _RENAMES = (
@@ -242,19 +218,6 @@ _RENAMES = (
     (re.compile(r"^language_model\.(?:model\.)?"), "model.text_model."),
     (re.compile(r"^(vision_model|connector)\."), r"model.\1."),
 )
-
-
-def _our_name(name: str) -> str:
-    for pattern, replacement in _RENAMES:
-        name, count = pattern.subn(replacement, name)
-        if count:
-            return name
-    return name
-
-
-def _is_buffer(name: str) -> bool:
-    """Values that old releases stored and every release recomputes."""
-    return name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))
 
 
 def build(config: Mapping[str, Any]) -> Model:

@@ -6,10 +6,46 @@ Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929); Zhai et al. 2023 (SigLIP, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxvlm.models.base import check_numbers
 from mlxvlm.models.layers import activation, join_heads, split_heads
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision_config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"vision width {self.hidden_size} can't be split into {self.num_attention_heads} heads")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> VisionConfig:
+        """`defaults` are those of the reference's class for what a config leaves out."""
+        given = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        return cls(**{**defaults, **given})
+
+    @property
+    def grid(self) -> int:
+        """Patches a side; pixels beyond the last whole patch are not seen."""
+        return self.image_size // self.patch_size
 
 
 class VisionAttention(nn.Module):
@@ -58,6 +94,23 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The stack of layers, named as in the checkpoints. A tower may have fewer of them than its config says."""
+
+    def __init__(self, config: VisionConfig, num_layers: int | None = None) -> None:
+        super().__init__()
+        self.layers = [
+            EncoderLayer(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.hidden_act,
+                config.layer_norm_eps,
+            )
+            for _ in range(config.num_hidden_layers if num_layers is None else num_layers)
+        ]
 
 
 def to_channels_last(weight: mx.array, channels: int) -> mx.array:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mlxvlm.models.base import merge_features
-from mlxvlm.models.idefics3 import Config, Connector, VisionConfig, VisionEmbeddings, position_buckets
+from mlxvlm.models.idefics3 import VISION_DEFAULTS, Config, Connector, VisionEmbeddings, position_buckets
+from mlxvlm.models.vit import VisionConfig
 from mlxvlm.processors.base import PreparedImage, Prompt
 from tests.golden import GOLDENS
 
@@ -41,7 +42,8 @@ def test_positions_of_partial_rows() -> None:
 
 
 def test_embeddings_add_the_position_of_row_and_column() -> None:
-    embeddings = VisionEmbeddings(VisionConfig(hidden_size=4, num_attention_heads=2, image_size=6, patch_size=2))
+    small = {"hidden_size": 4, "num_attention_heads": 2, "image_size": 6, "patch_size": 2}
+    embeddings = VisionEmbeddings(VisionConfig.from_dict(small, VISION_DEFAULTS))
     pixels = mx.random.normal((2, 6, 6, 3))
     found = np.array(embeddings(pixels))
     patches, table = np.array(embeddings.patch_embedding(pixels)), np.array(embeddings.position_embedding.weight)
