@@ -40,6 +40,7 @@ def senseless(source: object, error: Exception) -> ModelError:
 
 FAMILIES: dict[str, Family] = {
     "idefics3": Family("idefics3", "idefics3"),
+    "llama4": Family("llama4", "llama4"),
     "smolvlm": Family("idefics3", "idefics3"),
 }
 

@@ -72,12 +72,18 @@ def inverse_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.
 
 
 class RoPE:
-    """Rotates [B, H, L, Dh] by positions counted from an offset; element j pairs with j + dims / 2."""
+    """Rotates [B, H, L, Dh] by positions counted from an offset.
 
-    def __init__(self, dims: int, parameters: Mapping[str, Any]) -> None:
+    Element j pairs with j + dims / 2; interleaved, 2j pairs with 2j + 1.
+    """
+
+    def __init__(self, dims: int, parameters: Mapping[str, Any], interleaved: bool = False) -> None:
         self.dims = dims
         # mx.fast.rope takes wavelengths / 2 pi, the reciprocals of the inverse frequencies.
         self._periods = mx.array(1.0 / inverse_frequencies(dims, parameters))
+        self._interleaved = interleaved
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods)
+        return mx.fast.rope(
+            x, self.dims, traditional=self._interleaved, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
