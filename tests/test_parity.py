@@ -18,6 +18,9 @@ from tests.golden import Case
 
 LOGITS = 1e-4  # absolute, float32; transformers differs from itself (cached, uncached) by 1e-5
 PIXELS = 1e-5
+# torchvision's weights have 15 bits and Pillow's 22, so a byte may come out one level lower or higher; where pixels
+# pass through bfloat16, as in the only such reference, one level is at most 3 / 256.
+PIXELS_OTHER_RESAMPLING = 3 / 256
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +59,10 @@ def test_pixels(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> 
         if expected is None:
             continue
         ours = np.concatenate([image.pixels for image in prompt.images])
-        assert ours.shape == expected[0].shape, scenario
-        assert np.abs(ours - expected[0]).max() <= PIXELS, scenario
+        expected = expected.reshape(-1, *expected.shape[-3:])
+        assert ours.shape == expected.shape, scenario
+        gate = PIXELS if case.is_resampled_by_pillow else PIXELS_OTHER_RESAMPLING
+        assert np.abs(ours - expected).max() <= gate, scenario
         compared += 1
     assert compared >= 3
 
@@ -68,7 +73,10 @@ def test_logits(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]], chu
     # Token by token over every scenario takes minutes on a CPU; these hold text, images and several turns.
     chosen = [s for s in ("text_only", "two_images") if s in prompts] if chunk == 1 else list(prompts)
     for scenario in chosen:
-        logits = all_logits(model, prompts[scenario], chunk)
+        prompt = prompts[scenario]
+        if not case.is_resampled_by_pillow:
+            prompt = case.with_golden_pixels(scenario, prompt)
+        logits = all_logits(model, prompt, chunk)
         arrays = case.arrays
         assert np.abs(logits[-1] - arrays[f"{scenario}/logits_last"].reshape(-1)).max() <= LOGITS, scenario
         peak = logits.max(axis=-1, keepdims=True)
