@@ -20,6 +20,7 @@ import transformers
 from goldens_json import write_json
 from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.image_processing_backends import PilBackend
 
 NEW_TOKENS = 24
 LEAST_MARGIN, LEAST_ARGMAX_MARGIN = 1e-3, 1e-4
@@ -118,6 +119,10 @@ def rounded(values: torch.Tensor, steps: float = FINE) -> np.ndarray:
 def pixel_table(processor: Any) -> np.ndarray:
     """What the processor makes of each of the 256 pixel values."""
     image = processor.image_processor
+    if not isinstance(image, PilBackend):  # then its own arithmetic, which may have its own precision
+        levels = torch.arange(256, dtype=torch.uint8).expand(1, len(image.image_mean), 1, 256)
+        settings = (True, image.rescale_factor, True, image.image_mean, image.image_std)
+        return image.rescale_and_normalize(levels, *settings)[0, 0, 0].float().numpy()
     table = (np.arange(256).astype(np.float64) * image.rescale_factor).astype(np.float32)
     mean, std = (np.float32(values[0]) for values in (image.image_mean, image.image_std))
     return ((table - mean) / std).astype(np.float32)
@@ -168,7 +173,7 @@ def put_pixels(golden: Golden, name: str, used: list[str], pixels: torch.Tensor)
     if used == [name]:
         golden.arrays[f"{name}/pixel_values"] = pixel_codes(pixels, table)
         return
-    axis = 1 if len(used) > 1 else 0
+    axis = pixels.ndim - 4 if len(used) > 1 else 0
     joined = np.concatenate([table[golden.arrays[f"{other}/pixel_values"]] for other in used], axis)
     if not np.array_equal(joined, pixels.numpy()):
         raise AssertionError(f"{name}: the pixels are not those of {used}")

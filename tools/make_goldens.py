@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import goldens_idefics3
+import goldens_llama4
 import goldens_tables
 import torch
 from goldens_json import read_json, write_json
@@ -32,7 +33,7 @@ from goldens_reference import (
     write_golden,
 )
 
-FAMILIES: tuple[ModuleType, ...] = (goldens_idefics3,)
+FAMILIES: tuple[ModuleType, ...] = (goldens_idefics3, goldens_llama4)
 SEEDS_TRIED = 60
 CHECK_TOLERANCE = 5e-5  # another processor may round otherwise; full logits are stored in steps of 6e-5
 ROOT = Path(__file__).resolve().parent.parent

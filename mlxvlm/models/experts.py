@@ -1,6 +1,6 @@
 """Mixtures of gated MLPs, each projection one stack over all experts. Knows rows and experts, not who chose them.
 
-Sources: Shazeer et al. 2017 (arXiv 1701.06538); mlx-lm `switch_layers.py`, whose names and [E, out, in] stacks these are.
+Sources: Shazeer et al. 2017 (arXiv 1701.06538); mlx-lm `switch_layers.py`, which has the same names and shapes.
 """
 
 from __future__ import annotations

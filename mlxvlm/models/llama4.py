@@ -314,6 +314,7 @@ class TextAttention(Attention):
         self._tunes_temperature = config.tunes_temperature and not has_rope
 
     def __call__(self, x: mx.array, rope: RoPE, cache: Cache, temperature: mx.array | None = None) -> mx.array:
+        """temperature [B or 1, 1, L, 1] is for queries without positions."""
         queries = split_heads(self.q_proj(x), self._heads)  # [B, H, L, Dh]
         keys = split_heads(self.k_proj(x), self._kv_heads)  # [B, K, L, Dh]
         values = split_heads(self.v_proj(x), self._kv_heads)
@@ -322,7 +323,7 @@ class TextAttention(Attention):
             queries, keys = rope(queries, offset), rope(keys, offset)
         if self._norm_eps is not None:
             queries, keys = (mx.fast.rms_norm(heads, None, self._norm_eps) for heads in (queries, keys))
-        if self._tunes_temperature:
+        if self._tunes_temperature and temperature is not None:
             queries = (queries * temperature).astype(queries.dtype)
         return self.o_proj(join_heads(cache.attend(queries, keys, values, self._scale)))
 

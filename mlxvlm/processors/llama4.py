@@ -1,7 +1,7 @@
 """Llama 4: messages -> Prompt. Pictures are fitted onto a canvas of square tiles, then a view of the whole follows.
 
-Source: transformers `Llama4ImageProcessor`, `Llama4Processor`. PreparedImage.pixels is [tiles, 3, side, side] (tiles row
-by row, the view of the whole last where there is more than one), layout is (rows, columns).
+Source: transformers `Llama4ImageProcessor`, `Llama4Processor`. PreparedImage.pixels is [tiles, 3, side, side] (tiles
+row by row, the view of the whole last where there is more than one), layout is (rows, columns).
 """
 
 from __future__ import annotations
@@ -91,10 +91,7 @@ def best_canvas(height: int, width: int, settings: ImageSettings) -> tuple[int, 
     canvases = settings.canvases
     scales = (canvases.astype(np.float32) / np.array([height, width], np.float32)).min(axis=1)
     enough = scales[scales >= 1]
-    if not len(enough):
-        chosen = scales.max()
-    else:
-        chosen = enough.max() if settings.fill_canvas else enough.min()
+    chosen = (enough.max() if settings.fill_canvas else enough.min()) if len(enough) else scales.max()
     equals = canvases[scales == chosen]
     best = equals[equals.prod(axis=1).argmin()]
     return int(best[0]), int(best[1])
@@ -103,25 +100,25 @@ def best_canvas(height: int, width: int, settings: ImageSettings) -> tuple[int, 
 def fitted_size(height: int, width: int, canvas: tuple[int, int], settings: ImageSettings) -> tuple[int, int]:
     """(height, width) of the picture on its canvas: aspect kept, and enlarged to no more than one tile.
 
-    Source: `get_max_res_without_distortion` and its caller. A side bound by the canvas is a tensor there, which
-    makes its scale float32; other scales are float64. For sides above 1,000 that moves some sizes by a pixel.
+    Source: `get_max_res_without_distortion` and its caller. A side bound by the canvas is a tensor there, and what
+    is divided or multiplied with it is float32, not float64: a few large pictures come out one pixel smaller or larger.
     """
-    targets, scales, bound = [], [], []
-    for side, limit in zip((height, width), canvas, strict=True):
-        wanted = limit if settings.fill_canvas else max(side, settings.tile)
-        targets.append(min(wanted, limit))
-        bound.append(settings.fill_canvas or limit < wanted)
-        scales.append(_float32_quotient(targets[-1], side) if bound[-1] else targets[-1] / side)
-    first, second = (np.float32(scale) for scale in scales) if any(bound) else scales
-    if second < first:
-        side = height if not bound[1] else np.float32(height)
-        return max(min(math.floor(side * scales[1]), targets[0]), 1), max(targets[1], 1)
-    side = width if not bound[0] else np.float32(width)
-    return max(targets[0], 1), max(min(math.floor(side * scales[0]), targets[1]), 1)
-
-
-def _float32_quotient(dividend: int, divisor: int) -> np.float32:
-    return np.float32(dividend) / np.float32(divisor)
+    sides = (height, width)
+    wanted = canvas if settings.fill_canvas else tuple(max(side, settings.tile) for side in sides)
+    targets = [min(pair) for pair in zip(wanted, canvas, strict=True)]
+    kinds = [
+        np.float32 if settings.fill_canvas or limit < want else np.float64
+        for limit, want in zip(canvas, wanted, strict=True)
+    ]
+    scales = [kind(target) / kind(side) for kind, target, side in zip(kinds, targets, sides, strict=True)]
+    # A float32 and a float64 are compared as float32.
+    kind = np.float32 if np.float32 in kinds else np.float64
+    tight = 1 if kind(scales[1]) < kind(scales[0]) else 0  # the axis that decides
+    free = 1 - tight
+    fitted = [0, 0]
+    fitted[tight] = max(targets[tight], 1)
+    fitted[free] = max(min(math.floor(kinds[tight](sides[free]) * scales[tight]), targets[free]), 1)
+    return fitted[0], fitted[1]
 
 
 class Llama4Processor:
