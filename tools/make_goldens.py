@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import goldens_idefics3
 import goldens_llama4
+import goldens_llama4_sizes
 import goldens_tables
 import torch
 from goldens_json import read_json, write_json
@@ -124,6 +125,7 @@ def main() -> int:
         make_case(family, case, options.out, scenarios)
     if not options.case:
         goldens_tables.write_tables(options.out)
+        goldens_llama4_sizes.write_tables(options.out)
     return 0
 
 
