@@ -71,16 +71,13 @@ class ImageSettings:
 
     @cached_property
     def canvases(self) -> NDArray[np.int64]:
-        """[canvases, 2]: (height, width) of each rectangle of at most max_tiles tiles. Order decides between equals.
+        """[canvases, 2]: (height, width) of each rectangle of at most max_tiles tiles.
 
-        Source: `find_supported_resolutions`, which groups shapes by their aspect ratio.
+        Source: `find_supported_resolutions`. Its order decides nothing: where two of equal area fit equally well, the
+        canvas as high as the lower and as wide as the narrower one fits as well, and is smaller.
         """
-        groups: dict[float, list[tuple[int, int]]] = {}
-        for count in range(self.max_tiles, 0, -1):
-            for rows in range(1, count + 1):
-                if count % rows == 0:
-                    groups.setdefault(rows / (count // rows), []).append((rows, count // rows))
-        return np.array([shape for group in groups.values() for shape in group]) * self.tile
+        sides = range(1, self.max_tiles + 1)
+        return np.array([(h, w) for h in sides for w in sides if h * w <= self.max_tiles]) * self.tile
 
 
 def best_canvas(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from mlxvlm.processors.llama4 import (
     build,
     fitted_size,
 )
-from mlxvlm.processors.transforms import BFloat16Normalizer
+from mlxvlm.processors.transforms import BFloat16Normalizer, round_to_bfloat16
 from tests.golden import GOLDENS, Case
 
 NORMS = GOLDENS / "llama4_norms"
@@ -73,6 +73,12 @@ def test_picture_lies_on_its_canvas(width: int, height: int, fill: bool) -> None
     assert canvas[0] * canvas[1] <= 16 * 336**2
     if not fill:
         assert all(side <= max(own, 336) for side, own in zip(size, (height, width), strict=True))
+
+
+def test_bfloat16_rounds_to_nearest_and_ties_to_even() -> None:
+    ties = np.array([1 + 1 / 256, 1 + 3 / 256, 1.00391, 1.0039, 0.0, 255.5], np.float32)
+    values = np.concatenate([ties, -ties, np.random.default_rng(0).standard_normal(99).astype(np.float32)])
+    assert np.array_equal(round_to_bfloat16(values), np.array(mx.array(values).astype(mx.bfloat16).astype(mx.float32)))
 
 
 def test_steps_round_to_bfloat16() -> None:
