@@ -40,11 +40,12 @@ def senseless(source: object, error: Exception) -> ModelError:
 
 FAMILIES: dict[str, Family] = {
     "idefics3": Family("idefics3", "idefics3"),
-    "qwen2_vl": Family("qwen2_vl", "qwen2_vl"),
-    "mllama": Family("mllama", "mllama"),
-    "smolvlm": Family("idefics3", "idefics3"),
+    "llama4": Family("llama4", "llama4"),
     "llava": Family("llava", "llava"),
     "llava_next": Family("llava", "llava"),
+    "mllama": Family("mllama", "mllama"),
+    "qwen2_vl": Family("qwen2_vl", "qwen2_vl"),
+    "smolvlm": Family("idefics3", "idefics3"),
 }
 
 

@@ -18,6 +18,9 @@ from tests.golden import Case
 
 LOGITS = 1e-4  # absolute, float32; transformers differs from itself (cached, uncached) by 1e-5
 PIXELS = 1e-5
+# torchvision's weights have 15 bits and Pillow's 22, so a byte may come out one level lower or higher; where pixels
+# pass through bfloat16, as in the only such reference, one level is at most 3 / 256.
+PIXELS_OTHER_RESAMPLING = 3 / 256
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,8 @@ def test_pixels(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> 
         frames = real_frames(expected, [len(image.pixels) for image in prompt.images])
         # One reference repeats a picture's frame in time.
         frames = frames.reshape(*ours.shape[:-2], -1, *ours.shape[-2:])
-        assert np.abs(ours[..., None, :, :] - frames).max() <= PIXELS, scenario
+        gate = PIXELS if case.is_resampled_by_pillow else PIXELS_OTHER_RESAMPLING
+        assert np.abs(ours[..., None, :, :] - frames).max() <= gate, scenario
         compared += 1
     assert compared >= 3
 
@@ -80,7 +84,10 @@ def test_logits(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]], chu
     # Token by token over every scenario takes minutes on a CPU; these hold text, images and several turns.
     chosen = [s for s in ("text_only", "two_images") if s in prompts] if chunk == 1 else list(prompts)
     for scenario in chosen:
-        logits = all_logits(model, prompts[scenario], chunk)
+        prompt = prompts[scenario]
+        if not case.is_resampled_by_pillow:
+            prompt = case.with_golden_pixels(scenario, prompt)
+        logits = all_logits(model, prompt, chunk)
         arrays = case.arrays
         assert np.abs(logits[-1] - arrays[f"{scenario}/logits_last"].reshape(-1)).max() <= LOGITS, scenario
         peak = logits.max(axis=-1, keepdims=True)

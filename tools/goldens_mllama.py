@@ -132,7 +132,7 @@ class Case:
     pixels: tuple[str, ...] = ("wide", "rgba")
     skipped: tuple[str, ...] = ("one_palette", "one_gray", "one_exif")
     resaved: str | None = None
-    template: Json = field(default_factory=lambda: {"date_string": "05 Mar 2025"})
+    template_variables: Json = field(default_factory=lambda: {"date_string": "05 Mar 2025"})
     plain_system: bool = True  # the template takes a system turn as a string
     blank_tiles: bool = True  # tiles that a picture does not fill are exactly 0
 

@@ -21,6 +21,7 @@ import transformers
 from goldens_json import write_json
 from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.image_processing_backends import PilBackend
 
 NEW_TOKENS = 24
 LEAST_MARGIN, LEAST_ARGMAX_MARGIN = 1e-3, 1e-4
@@ -92,7 +93,7 @@ def inputs_for(case: Any, processor: Any, chat: list[dict[str, Any]], images: di
     parts = [part for message in chat for part in message["content"] if part["type"] == "image"]
     opened = [ImageOps.exif_transpose(Image.open(images[part["image"]])) for part in parts]
     messages = [{"role": message["role"], "content": content_of(case, message)} for message in chat]
-    variables = getattr(case, "template", {})
+    variables = getattr(case, "template_variables", {})
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
     bos = processor.tokenizer.bos_token
     add_special_tokens = not (bos and prompt.startswith(bos))
@@ -138,6 +139,10 @@ def rounded(values: torch.Tensor, steps: float = FINE) -> np.ndarray:
 def pixel_table(case: Any, processor: Any) -> np.ndarray:
     """What the processor makes of each of the 256 pixel values, for each kind of channel; 0 for blank tiles."""
     image = processor.image_processor
+    if not isinstance(image, PilBackend):  # then its own arithmetic, which may have its own precision
+        levels = torch.arange(256, dtype=torch.uint8).expand(1, len(image.image_mean), 1, 256)
+        settings = (True, image.rescale_factor, True, image.image_mean, image.image_std)
+        return image.rescale_and_normalize(levels, *settings)[0, 0, 0].float().numpy()
     levels = (np.arange(256).astype(np.float64) * image.rescale_factor).astype(np.float32)
     kinds = dict.fromkeys(zip(image.image_mean, image.image_std, strict=True))
     tables = [(levels - np.float32(mean)) / np.float32(std) for mean, std in kinds]
@@ -231,7 +236,7 @@ def describe(case: Any, folder: Path, model: Any, processor: Any) -> dict[str, A
         "torch": torch.__version__.split("+")[0],
         "new_tokens": NEW_TOKENS,
         "eos": json.loads((folder / "generation_config.json").read_text())["eos_token_id"],
-        "template_kwargs": getattr(case, "template", {}),
+        "template_kwargs": getattr(case, "template_variables", {}),
     }
 
 

@@ -21,6 +21,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import goldens_idefics3
+import goldens_llama4
+import goldens_llama4_sizes
 import goldens_llava
 import goldens_llava_tables
 import goldens_mllama
@@ -37,7 +39,13 @@ from goldens_reference import (
     write_golden,
 )
 
-FAMILIES: tuple[ModuleType, ...] = (goldens_idefics3, goldens_llava, goldens_mllama, goldens_qwen2_vl)
+FAMILIES: tuple[ModuleType, ...] = (
+    goldens_idefics3,
+    goldens_llama4,
+    goldens_llava,
+    goldens_mllama,
+    goldens_qwen2_vl,
+)
 SEEDS_TRIED = 60
 CHECK_TOLERANCE = 5e-5  # another processor may round otherwise; full logits are stored in steps of 6e-5
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +135,7 @@ def main() -> int:
     for family, case in chosen:
         make_case(family, case, options.out, scenarios)
     if not options.case:
-        for module in (goldens_tables, goldens_llava_tables, *FAMILIES):
+        for module in (goldens_tables, goldens_llama4_sizes, goldens_llava_tables, *FAMILIES):
             if hasattr(module, "write_tables"):
                 module.write_tables(options.out)
     return 0

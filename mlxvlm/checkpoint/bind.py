@@ -106,7 +106,7 @@ def quantize_modules(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
 def quant_spec(path: str, width: int, weights: Mapping[str, mx.array]) -> QuantSpec:
     """How the module at `path`, whose full input width is `width`, was quantised."""
     packed, scales = weights.get(f"{path}.weight"), weights[f"{path}.scales"]
-    if packed is None or packed.dtype != mx.uint32 or packed.ndim != 2 or scales.ndim != 2 or not scales.size:
+    if packed is None or packed.dtype != mx.uint32 or not packed.ndim == scales.ndim >= 2 or not scales.size:
         raise WeightsError(f"{path} has scales, but no packed weight beside them")
     bits, group = packed.shape[-1] * _PACKED_BITS / width, width / scales.shape[-1]
     if f"{path}.biases" in weights:

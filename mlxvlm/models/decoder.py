@@ -165,14 +165,16 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings in, normed hidden states out; the lm_head is the family's."""
+    """Embeddings in, normed hidden states out; the lm_head is the family's, and so may the layers be."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(
+        self, config: DecoderConfig, layers: Sequence[nn.Module] | None = None, interleaved: bool = False
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = list(layers or (DecoderLayer(config) for _ in range(config.num_hidden_layers)))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self._rope = RoPE(config.head_dim, config.rope)
+        self._rope = RoPE(config.head_dim, config.rope, interleaved)
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """[B, L] -> [B, L, D]."""

@@ -27,7 +27,7 @@ from mlxvlm.models.base import (
     renamed,
 )
 from mlxvlm.models.decoder import Decoder, DecoderConfig
-from mlxvlm.models.vit import Encoder, VisionConfig, to_channels_last
+from mlxvlm.models.vit import Encoder, VisionConfig, pixel_shuffle, to_channels_last
 from mlxvlm.processors.base import PreparedImage, Prompt
 
 # Idefics3VisionConfig's, for what a vision_config leaves out.
@@ -137,12 +137,7 @@ class Connector(nn.Module):
         self._scale = config.scale_factor
 
     def __call__(self, x: mx.array) -> mx.array:
-        frames, patches, dims = x.shape
-        side = int(patches**0.5)
-        scale, small = self._scale, side // self._scale
-        blocks = x.reshape(frames, small, scale, small, scale, dims).transpose(0, 1, 3, 2, 4, 5)
-        shuffled = blocks.reshape(frames, small * small, scale * scale * dims)  # [F, N, s * s * D]
-        return self.modality_projection.proj(shuffled)
+        return self.modality_projection.proj(pixel_shuffle(x, self._scale))  # [F, N, D]
 
 
 class Backbone(nn.Module):

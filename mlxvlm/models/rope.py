@@ -76,19 +76,23 @@ def inverse_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.
 
 
 class RoPE:
-    """Rotates [B, H, L, Dh] by positions counted from an offset; element j pairs with j + dims / 2."""
+    """Rotates [B, H, L, Dh] by positions counted from an offset.
 
-    def __init__(self, dims: int, parameters: Mapping[str, Any]) -> None:
+    Element j pairs with j + dims / 2; interleaved, 2j pairs with 2j + 1.
+    """
+
+    def __init__(self, dims: int, parameters: Mapping[str, Any], interleaved: bool = False) -> None:
         self.dims = dims
         # mx.fast.rope takes wavelengths / 2 pi, the reciprocals of the inverse frequencies.
         self._periods = mx.array(1.0 / inverse_frequencies(dims, parameters))
+        self._interleaved = interleaved
 
     def at(self, offset: int | mx.array) -> Rotation:
         """The rotation of one forward pass whose rows stand at `offset`, an int or int32 [B]."""
         return partial(
             mx.fast.rope,
             dims=self.dims,
-            traditional=False,
+            traditional=self._interleaved,
             base=None,
             scale=1.0,
             offset=offset,

@@ -113,6 +113,35 @@ class Encoder(nn.Module):
         ]
 
 
+# Head sizes that Metal's fused attention takes for more than 8 queries (MLX 0.32 `use_fallback`).
+_FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """Attention of all to all, [F, H, P, Dh]; odd head sizes go through the fused kernel with zeros behind them.
+
+    Zeros add nothing to a dot product, and what they become in the output is cut off.
+    """
+    dims = queries.shape[-1]
+    padding = next((size for size in _FUSED_HEAD_DIMS if size >= dims), dims) - dims
+    if padding:
+        widths = [(0, 0)] * 3 + [(0, padding)]
+        queries, keys, values = (mx.pad(heads, widths) for heads in (queries, keys, values))
+    mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=dims**-0.5)
+    return mixed[..., :dims]
+
+
+def pixel_shuffle(x: mx.array, scale: int) -> mx.array:
+    """[F, P, D] of a square grid -> [F, P / s^2, s * s * D]: s x s patches side by side, row by row.
+
+    Source: Shi et al. 2016 (arXiv 1609.05158), backwards; transformers `pixel_shuffle` of several models.
+    """
+    frames, patches, dims = x.shape
+    small = int(patches**0.5) // scale
+    blocks = x.reshape(frames, small, scale, small, scale, dims).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(frames, small * small, scale * scale * dims)
+
+
 def to_channels_last(weight: mx.array, channels: int) -> mx.array:
     """A patch convolution [O, C, kH, kW] as MLX wants it, [O, kH, kW, C]; one that already is stays."""
     if weight.ndim == 4 and weight.shape[1] == channels and weight.shape[-1] != channels:

@@ -58,6 +58,32 @@ class Normalizer:
         return np.stack([table[:, c][pixels[..., c]] for c in range(table.shape[1])])
 
 
+@dataclass(frozen=True)
+class BFloat16Normalizer(Normalizer):
+    """A Normalizer whose every step rounds to bfloat16, for models that were trained on such pixels."""
+
+    @cached_property
+    def _table(self) -> NDArray[np.float32]:
+        levels = np.arange(256, dtype=np.float32) * np.float32(self.rescale_factor)
+        mean, std = (round_to_bfloat16(np.array(values, np.float32)) for values in (self.mean, self.std))
+        return round_to_bfloat16(round_to_bfloat16(round_to_bfloat16(levels)[:, None] - mean) / std)
+
+
+def round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The nearest numbers with 8 significant bits, ties to even; finite values only."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def pad_bottom_right(image: Image.Image, height: int, width: int) -> Image.Image:
+    """An RGB image on a black canvas, at its top left."""
+    if image.size == (width, height):
+        return image
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image)
+    return canvas
+
+
 def split_tiles(pixels: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
     """[C, rows * h, columns * w] -> [rows * columns, C, h, w], row by row."""
     channels, height, width = pixels.shape
