@@ -33,7 +33,7 @@ def load(
 
 def start(source: ModelSource, *, dtype: str = "auto", progress: Progress | None = None) -> Engine:
     """An engine with an opened model."""
-    config = EngineConfig(max_context=source.max_context, eos_token_ids=source.defaults.eos_token_ids)
+    config = EngineConfig(source.max_context, source.defaults.eos_token_ids, sampling_defaults(source))
     return Engine(partial(source.build, dtype), source.processor, config, progress)
 
 

@@ -81,9 +81,7 @@ def test_pixels(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]]) -> 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
 def test_logits(loaded: tuple[Case, VisionLanguageModel, dict[str, Prompt]], chunk: int) -> None:
     case, model, prompts = loaded
-    # Token by token over every scenario takes minutes on a CPU; these hold text, images and several turns.
-    chosen = [s for s in ("text_only", "two_images") if s in prompts] if chunk == 1 else list(prompts)
-    for scenario in chosen:
+    for scenario in prompts:
         prompt = prompts[scenario]
         if not case.is_resampled_by_pillow:
             prompt = case.with_golden_pixels(scenario, prompt)
@@ -127,9 +125,7 @@ def is_same_text(streamed: str, whole: str) -> bool:
 
 
 def test_greedy_alone(case: Case, engine: Engine) -> None:
-    # Smaller chunks change nothing but the time; the batch test below has every scenario at every chunk size.
-    chosen = case.batch if engine.config.prefill_chunk == 1 else case.scenarios
-    for scenario in chosen:
+    for scenario in case.scenarios:
         answer = engine.generate(greedy(case, scenario))
         assert list(answer.token_ids) == case.expected(scenario)["greedy"], scenario
         assert is_same_text(answer.text, case.expected(scenario)["greedy_text"]), scenario

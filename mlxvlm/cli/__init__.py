@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from mlxvlm import __version__
 from mlxvlm.cli import doctor, run
-from mlxvlm.errors import MlxvlmError
+from mlxvlm.errors import InternalError, MlxvlmError
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
@@ -43,20 +44,40 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    _mend_streams()
     args = parser().parse_args(argv)
     try:
         code: int = args.execute(args)
         sys.stdout.flush()
         return code
-    except MlxvlmError as error:
-        if args.debug:
-            traceback.print_exception(error)
-        # One line, whatever a library put into the message.
-        print(f"mlxvlm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader left (`| head -1`): nothing to tell, and Python's last flush must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader left (`| head -1`): nothing to tell.
+        _drop_output()
         return _BROKEN_PIPE
+    except Exception as error:  # noqa: BLE001 - the top of the command: a user gets one line, `--debug` the traceback
+        if args.debug:
+            traceback.print_exception(error)
+        is_ours = isinstance(error, MlxvlmError)
+        # One line, whatever a library put into the message.
+        text = " ".join(str(error if is_ours else f"{type(error).__name__}: {error}").split())
+        print(f"mlxvlm: error: {text}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _drop_output()  # a full disk, say
+        return error.exit_code if isinstance(error, MlxvlmError) else InternalError.exit_code
+
+
+def _mend_streams() -> None:
+    """A stream that a parent closed is as good as an empty one; what a terminal can't show becomes a question mark."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the process's life
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """What Python has not written yet goes nowhere, so that its last flush has nothing to complain about."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

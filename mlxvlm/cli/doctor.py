@@ -65,7 +65,7 @@ def _report_model(args: argparse.Namespace, usable: int) -> None:
     for tokens in sorted({min(tokens, need.max_context) for tokens in _CONTEXTS}):
         total = need.weights_bytes + tokens * need.kv_bytes_per_token
         verdict = "fits" if total < usable else "does not fit"
-        _row(f"  {tokens} tokens", f"{size_text(total)} with the weights: {verdict}")
+        _row(f"  {tokens} tokens", f"{size_text(total)} for weights and KV cache: {verdict}")
 
 
 def _row(name: str, value: str) -> None:

@@ -25,7 +25,7 @@ def byte_bar(title: str) -> Iterator[Progress]:
         unit_divisor=1000,
         delay=_DELAY_S,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=sys.stderr is None or not sys.stderr.isatty(),
     ) as bar:
 
         def show(done: int, total: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mlxvlm.cli.options import add_model_options, add_sampling_options, figures, sampling_params
@@ -65,15 +67,16 @@ def execute(args: argparse.Namespace) -> int:
     from mlxvlm.runner import sampling_defaults, start
 
     messages = _messages(args)
-    begun = time.perf_counter()
     source = open_model(args.model, revision=args.revision, chat_template=args.chat_template)
     sampling = sampling_params(args, sampling_defaults(source))
     # Before the weights: a mistyped path should not cost a minute of loading.
+    begun = time.perf_counter()
     prompt = source.processor(messages)
     prepare_s = time.perf_counter() - begun
     with byte_bar("loading") as progress, start(source, dtype=args.dtype, progress=progress) as engine:
         request = Request(messages, sampling, prompt=prompt)
-        return _print_json(args, engine, request) if args.json else _print_stream(args, engine, request, prepare_s)
+        answer = _print_json if args.json else _print_stream
+        return answer(args, engine, request, prepare_s)
 
 
 def _messages(args: argparse.Namespace) -> list[Message]:
@@ -92,6 +95,8 @@ def _messages(args: argparse.Namespace) -> list[Message]:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise InputError("there is no stdin to read the prompt from")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -116,9 +121,10 @@ def _print_stream(args: argparse.Namespace, engine: Engine, request: Request, pr
     return code
 
 
-def _print_json(args: argparse.Namespace, engine: Engine, request: Request) -> int:
+def _print_json(args: argparse.Namespace, engine: Engine, request: Request, prepare_s: float) -> int:
     completion, code = _consume(engine.submit(request), lambda text: None)
-    print(json.dumps(_as_json(args.model, completion, engine.memory().peak_bytes), ensure_ascii=False))
+    figures = _as_json(args.model, completion, engine.memory().peak_bytes, prepare_s)
+    print(json.dumps(figures, ensure_ascii=False))
     return code
 
 
@@ -127,22 +133,32 @@ def _consume(stream: Stream, show: Callable[[str], None]) -> tuple[Completion, i
     from mlxvlm.engine.stream import collect
 
     deltas: list[Delta] = []
-    code = 0
-    while not deltas or deltas[-1].finish_reason is None:
-        try:
-            for delta in stream:
-                deltas.append(delta)
-                if delta.text:
-                    show(delta.text)
-        except KeyboardInterrupt:
-            if code:
-                raise
-            code = _INTERRUPTED
-            stream.cancel()
-    return collect(deltas), code
+    with _first_interrupt(stream.cancel) as interrupted:
+        for delta in stream:
+            deltas.append(delta)
+            if delta.text:
+                show(delta.text)
+    return collect(deltas), _INTERRUPTED if interrupted else 0
 
 
-def _as_json(model: str, completion: Completion, peak_bytes: int) -> dict[str, Any]:
+@contextmanager
+def _first_interrupt(action: Callable[[], None]) -> Iterator[list[int]]:
+    """Runs an action in place of the first Ctrl-C, so that no exception tears a piece of the answer apart."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        seen.append(number)
+        action()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _as_json(model: str, completion: Completion, peak_bytes: int, prepare_s: float) -> dict[str, Any]:
     usage = completion.usage
     return {
         "model": model,
@@ -153,8 +169,8 @@ def _as_json(model: str, completion: Completion, peak_bytes: int) -> dict[str, A
         "completion_tokens": usage.completion_tokens,
         "prompt_tokens_per_s": round(usage.prompt_tokens_per_s, 2),
         "completion_tokens_per_s": round(usage.completion_tokens_per_s, 2),
-        "time_to_first_token_s": round(usage.time_to_first_token_s, 4),
-        "total_s": round(usage.total_s, 4),
+        "time_to_first_token_s": round(prepare_s + usage.time_to_first_token_s, 4),
+        "total_s": round(prepare_s + usage.total_s, 4),
         "peak_memory_bytes": peak_bytes,
     }
 

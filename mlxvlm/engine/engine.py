@@ -12,13 +12,14 @@ import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
 import mlx.core as mx
 
 from mlxvlm.engine import device
+from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Completion, Request
 from mlxvlm.engine.runner import ModelRunner, Step
 from mlxvlm.engine.sampler import read
@@ -40,6 +41,7 @@ class EngineConfig:
 
     max_context: int
     eos_token_ids: frozenset[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # of requests that bring none
     max_rows: int = 16
     prefill_chunk: int = 2048
     prefill_chunk_while_decoding: int = 256  # a long prompt must not stall running streams
@@ -77,9 +79,10 @@ class Engine:
 
     def submit(self, request: Request) -> Stream:
         """Starts a request. Raises UsageError for a bad parameter; all later errors come through the stream."""
-        request.sampling.check(self._vocab_size)
+        sampling = request.sampling or self.config.sampling
+        sampling.check(self._vocab_size)
         stream = Stream(lambda: self._commands.put(partial(self._cancel, sequence)))
-        sequence = Sequence(request, stream)
+        sequence = Sequence(sampling, stream)
         with self._lock:
             if self._closing.is_set():
                 raise EngineClosedError("the engine is closed")
@@ -223,10 +226,12 @@ class Engine:
         if error is not None:
             sequence.fail(_as_failure(error))
             self._forget(sequence)
-            return
-        prompt = future.result()
+        else:
+            self._guarded([sequence], partial(self._begin, sequence, future.result()))
+
+    def _begin(self, sequence: Sequence, prompt: Prompt) -> None:
         room = self.config.max_context - len(prompt.token_ids)
-        max_tokens = min(sequence.request.sampling.max_tokens or room, room)
+        max_tokens = min(sequence.sampling.max_tokens or room, room)
         sequence.begin(prompt, self.processor, max_tokens, self.config.eos_token_ids)
         self._scheduler.add(sequence)
 
@@ -235,6 +240,13 @@ class Engine:
         length, limit = len(prompt.token_ids), self.config.max_context
         if not length:
             return InputError("the prompt is empty")
+        # MLX reads beyond an embedding's end without a word. A placeholder's own row is never used.
+        foreign = {i for i in prompt.token_ids if not 0 <= i < self._vocab_size} - {self.processor.image_token_id}
+        if foreign:
+            return InputError(
+                f"the prompt has token id {min(foreign)}, but the model's vocabulary ends at {self._vocab_size}: "
+                "the tokenizer is not this model's"
+            )
         if length >= limit:
             images = prompt.token_ids.count(self.processor.image_token_id) if prompt.images else 0
             of_images = f" ({images} of them for images)" if images else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mlxvlm.errors import UsageError
@@ -32,8 +32,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()
+    stop: Sequence[str] = ()
+    stop_token_ids: Collection[int] = ()
     ignore_eos: bool = False
     top_logprobs: int | None = None
 
@@ -51,8 +51,12 @@ class SamplingParams:
         _whole("max_tokens", self.max_tokens, 1)
         _whole("seed", self.seed, None)
         _whole("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        if isinstance(self.stop, str):  # it would be taken letter by letter
+            raise UsageError("stop takes a list of strings, not one string")
         if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
             raise UsageError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty")
+        for token in self.stop_token_ids:
+            _whole("a token id of stop_token_ids", token, 0)
         for token, bias in self.logit_bias.items():
             _whole("a token id of logit_bias", token, 0, vocab_size - 1)
             _in_range("a value of logit_bias", bias, -100.0, 100.0)

@@ -15,13 +15,13 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question. `template` holds extra variables for the chat template.
+    """One question. `sampling` None: as the checkpoint itself says. `template` holds extra variables for its template.
 
     `prompt` is for callers that have run the processor themselves: the messages are then not looked at.
     """
 
     messages: Sequence[Message] = ()
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: SamplingParams | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
     prompt: Prompt | None = field(default=None, repr=False)
 

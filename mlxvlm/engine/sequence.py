@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from mlxvlm.engine.detokenizer import Detokenizer
 from mlxvlm.engine.kv_cache import KVGroup
-from mlxvlm.engine.request import Delta, FinishReason, Request, TokenLogprob, Usage
+from mlxvlm.engine.params import SamplingParams
+from mlxvlm.engine.request import Delta, FinishReason, TokenLogprob, Usage
 from mlxvlm.engine.sampler import RowSampler
 from mlxvlm.engine.stops import StopMatcher
 from mlxvlm.engine.stream import Stream
@@ -37,9 +38,9 @@ class Sequence:
 
     _ids = itertools.count()
 
-    def __init__(self, request: Request, stream: Stream) -> None:
+    def __init__(self, sampling: SamplingParams, stream: Stream) -> None:
         self.id = next(self._ids)
-        self.request = request
+        self.sampling = sampling
         self.stream = stream
         self.phase = Phase.PREPARING
         self.submitted = time.perf_counter()
@@ -50,7 +51,7 @@ class Sequence:
 
     def begin(self, prompt: Prompt, processor: Processor, max_tokens: int, eos: frozenset[int]) -> None:
         """The prompt is ready: everything that generating needs is set up."""
-        sampling = self.request.sampling
+        sampling = self.sampling
         self.prompt = prompt
         self.image_tokens = prompt.token_ids.count(processor.image_token_id) if prompt.images else 0
         self.features: list[mx.array] = []
@@ -60,7 +61,7 @@ class Sequence:
         self.prefilled = 0
         self.launched = 0  # sampled on the device, read or not
         self.max_tokens = max_tokens
-        self.stop_ids = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else eos)
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
         self.sampler = RowSampler(sampling, prompt.token_ids)
         self._detokenizer = Detokenizer(processor.tokenizer.decode)
         self._stops = StopMatcher(sampling.stop)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 
 from mlxvlm.engine.request import Completion, Delta
 from mlxvlm.errors import InternalError
@@ -14,7 +15,8 @@ from mlxvlm.errors import InternalError
 class Stream:
     """The Deltas of one answer: iterate in a thread or async-iterate in a coroutine, once; cancel() at any time.
 
-    An error of the request is raised where the next Delta would have come.
+    An error of the request is raised where the next Delta would have come. A loop in a thread that may be left early
+    belongs into `with stream:`, which cancels at its end; a coroutine that leaves `async for` cancels by itself.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
@@ -36,8 +38,8 @@ class Stream:
             waiter = self._waiter
         if waiter is not None:
             loop, event = waiter
-            # A closed loop means that nobody listens any more.
-            if not loop.is_closed():
+            # A loop that is closed, or is being closed, has no listener any more.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(event.set)
 
     def __iter__(self) -> Iterator[Delta]:
@@ -71,6 +73,13 @@ class Stream:
             raise item
         self._ended = item.finish_reason is not None
         return item
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._ended:
+            self.cancel()
 
     def result(self) -> Completion:
         """Waits for the whole answer."""

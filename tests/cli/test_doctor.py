@@ -32,7 +32,7 @@ def test_a_model(capsys: Capture) -> None:
     assert weights
     # float16 on disk with a small header, float32 in memory
     assert 1.7 * stored < float(weights[1]) * 1e3 < 2 * stored
-    assert re.search(r"2048 tokens +[\d.]+ [kMG]B with the weights: fits", out)
+    assert re.search(r"2048 tokens +[\d.]+ [kMG]B for weights and KV cache: fits", out)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "not a name"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -248,6 +250,82 @@ def test_usage_errors(argv: list[str], capsys: Capture) -> None:
 def test_debug_shows_where(capsys: Capture) -> None:
     assert main(["--debug", "run", "-m", "./nowhere", "hello"]) == 4
     assert "Traceback" in capsys.readouterr().err
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    script = command.replace("MLXVLM", f"{sys.executable} -m mlxvlm").replace("MODEL", MODEL)
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["run -m MODEL hi >/dev/full", "doctor >/dev/full"])
+def test_a_full_disk_is_an_internal_error_of_one_line(command: str) -> None:
+    done = shell(f"MLXVLM {command}")
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[-1].startswith("mlxvlm: error: OSError:")
+    assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(("streams", "code"), [("- <&-", 3), ("hi >&-", 0), ("hi 2>&-", 0)])
+def test_closed_streams(streams: str, code: int) -> None:
+    done = shell(f"MLXVLM run -m MODEL --max-tokens 3 {streams}")
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_can_not_show_a_character() -> None:
+    done = shell("PYTHONIOENCODING=ascii MLXVLM run -m MODEL hi --temperature 3 --seed 1 --max-tokens 60")
+    assert done.returncode == 0
+    assert done.stdout.isascii()
+
+
+def test_a_defect_is_one_line_and_its_own_exit_code(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("of ours\nin two lines")
+
+    monkeypatch.setattr("mlxvlm.checkpoint.load.open_model", broken)
+    assert run("hello") == 5
+    expect_one_line(capsys, "ZeroDivisionError: of ours in two lines")
+
+
+def test_the_first_ctrl_c_never_tears_an_answer() -> None:
+    """At whatever piece it comes, the loop ends with a last piece."""
+    from mlxvlm.cli.run import _consume
+    from mlxvlm.engine.request import Delta, Usage
+    from mlxvlm.engine.stream import Stream
+
+    usage = Usage(1, 1, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    for place in range(3):
+        stream = Stream(lambda: None)
+        for delta in (Delta("a", (1,)), Delta("b", (2,)), Delta("c", (3,), (), "stop", usage)):
+            stream.put(delta)
+        shown: list[str] = []
+
+        def show(text: str, shown: list[str] = shown, place: int = place) -> None:
+            if len(shown) == place:
+                signal.raise_signal(signal.SIGINT)
+            shown.append(text)
+
+        completion, code = _consume(stream, show)
+        assert (completion.text, code, shown) == ("abc", 130, ["a", "b", "c"])
+
+
+def test_both_outputs_tell_the_same_first_token_time(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxvlm.processors.idefics3 import Idefics3Processor
+
+    prepare = Idefics3Processor.__call__
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(Idefics3Processor, "__call__", slow)
+    assert run("hello", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["time_to_first_token_s"] >= 0.3
+    assert run("hello") == 0
+    seconds = re.search(r"first token ([\d.]+) s", capsys.readouterr().err)
+    assert seconds
+    assert float(seconds[1]) >= 0.3
 
 
 def endless(folder: Path, *argv: str) -> subprocess.Popen[bytes]:

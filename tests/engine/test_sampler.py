@@ -165,6 +165,7 @@ def test_nan_is_reported_for_its_row_only() -> None:
         ("frequency_penalty", float("inf")),
         ("top_logprobs", 21),
         ("stop", ("",)),
+        ("stop", "picture"),
         ("stop", ("x",) * 65),
         ("logit_bias", {-1: 0.0}),
         ("logit_bias", {V: 0.0}),

@@ -117,6 +117,17 @@ def test_the_event_loop_runs_while_the_model_does() -> None:
     asyncio.run(main())
 
 
+def test_a_loop_that_closes_meanwhile_does_no_harm() -> None:
+    class ClosingLoop:
+        def call_soon_threadsafe(self, callback: object) -> None:
+            raise RuntimeError("Event loop is closed")
+
+    stream = Stream(lambda: None)
+    stream._waiter = (ClosingLoop(), asyncio.Event())  # type: ignore[assignment]
+    stream.put(LAST)
+    assert [delta.text for delta in stream] == ["c"]
+
+
 def test_a_reader_whose_loop_is_gone_does_no_harm() -> None:
     stream = Stream(lambda: None)
 
