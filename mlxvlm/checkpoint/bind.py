@@ -60,9 +60,7 @@ def bind(model: VisionLanguageModel, weights: dict[str, mx.array], dtype: str, p
     target = choose_dtype(dtype, weights)
     named = model.sanitize(weights)
     weights.clear()
-    quantize_modules(model, named)
-    expected = dict(tree_flatten(model.parameters()))
-    _check(expected, named)
+    expected = fit(model, named)
     total = sum(expected_bytes(array, target) for array in named.values())
     done = 0
     for name in expected:
@@ -76,6 +74,17 @@ def bind(model: VisionLanguageModel, weights: dict[str, mx.array], dtype: str, p
         progress(done, total)
     model.eval()
     model.freeze()
+
+
+def fit(model: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The model's parameters by name, its modules quantised as the sanitised weights are.
+
+    Raises WeightsError with every missing, extra or wrongly shaped name. Evaluates nothing.
+    """
+    quantize_modules(model, weights)
+    expected = dict(tree_flatten(model.parameters()))
+    _check(expected, weights)
+    return expected
 
 
 def quantize_modules(model: nn.Module, weights: Mapping[str, mx.array]) -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from mlxvlm.checkpoint.bind import choose_dtype, expected_bytes
+from mlxvlm.checkpoint.bind import choose_dtype, expected_bytes, fit
 from mlxvlm.checkpoint.hub import is_on_disk, resolve
 from mlxvlm.checkpoint.load import DEFAULT_CONTEXT
 from mlxvlm.checkpoint.weights import read_weights, weight_files
-from mlxvlm.errors import ModelError, ModelNotFoundError
+from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
 from mlxvlm.families import NONSENSE, family_of, senseless
 from mlxvlm.models.base import KVSpec
 from mlxvlm.processors.files import read_json
@@ -44,6 +45,8 @@ class MemoryNeed:
     kv_bytes_per_token: int
     max_context: int
     is_local: bool
+    num_tensors: int
+    misfit: str  # what is wrong with names or shapes, "" where the checkpoint is the model's
 
 
 def memory_need(model: str, revision: str | None = None, dtype: str = "auto") -> MemoryNeed:
@@ -57,14 +60,24 @@ def memory_need(model: str, revision: str | None = None, dtype: str = "auto") ->
     is_local = is_on_disk(model) or _has_weights(folder)
     weights = read_weights(folder) if is_local else _hub_weights(model, revision)
     target = choose_dtype(dtype, weights)
-    size = sum(expected_bytes(array, target) for array in built.sanitize(weights).values())
+    named = built.sanitize(weights)
+    size = sum(expected_bytes(array, target) for array in named.values())
     specs: list[KVSpec] = built.kv_specs
     per_token = sum(spec.bytes_per_token(target) for spec in specs)
     try:
         context = int((config.get("text_config") or config).get("max_position_embeddings", DEFAULT_CONTEXT))
     except NONSENSE as error:
         raise senseless(folder / "config.json", error) from error
-    return MemoryNeed(str(config["model_type"]), size, per_token, context, is_local)
+    return MemoryNeed(str(config["model_type"]), size, per_token, context, is_local, len(named), misfit(built, named))
+
+
+def misfit(model: nn.Module, weights: dict[str, mx.array]) -> str:
+    """Why sanitised weights can't be bound, "" if they can; only their shapes and types are looked at."""
+    try:
+        fit(model, weights)
+    except WeightsError as error:
+        return str(error)
+    return ""
 
 
 def _has_weights(folder: Path) -> bool:

@@ -61,6 +61,7 @@ def _report_model(args: argparse.Namespace, usable: int) -> None:
     print()
     _row("model", f"{args.model} ({need.model_type}){'' if need.is_local else ', not on this machine yet'}")
     _row("weights", f"{size_text(need.weights_bytes)}")
+    _row("tensors", need.misfit or f"{need.num_tensors}, names and shapes are the model's")
     _row("context", f"{size_text(need.kv_bytes_per_token)} a token, {need.max_context} tokens at most")
     for tokens in sorted({min(tokens, need.max_context) for tokens in _CONTEXTS}):
         total = need.weights_bytes + tokens * need.kv_bytes_per_token

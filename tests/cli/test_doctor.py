@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,17 @@ def test_a_model(capsys: Capture) -> None:
     # float16 on disk with a small header, float32 in memory
     assert 1.7 * stored < float(weights[1]) * 1e3 < 2 * stored
     assert re.search(r"2048 tokens +[\d.]+ [kMG]B for weights and KV cache: fits", out)
+
+
+def test_tensors_that_are_not_the_models_are_named(capsys: Capture, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(GOLDENS / "idefics3_split", tmp_path / "model"))
+    assert main(["doctor", "-m", str(model)]) == 0
+    assert re.search(r"^tensors +\d+, names and shapes are the model's", capsys.readouterr().out, re.MULTILINE)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 64
+    (model / "config.json").write_text(json.dumps(config))
+    assert main(["doctor", "-m", str(model)]) == 0
+    assert "gate_proj.weight (32, 32) instead of (64, 32)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "not a name"])
