@@ -18,7 +18,7 @@ from mlxvlm.models.base import KVSpec
 from mlxvlm.processors.files import read_json
 
 # As mx.load reads them; FP8 arrives as bytes.
-_DTYPES = {
+DTYPES = {
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,
@@ -100,7 +100,7 @@ def _hub_weights(repository: str, revision: str | None) -> dict[str, mx.array]:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelNotFoundError(f"the hub gives no sizes for {repository}: {reason[0]}") from error
     return {
-        name: mx.zeros(tensor.shape, _DTYPES.get(str(tensor.dtype), mx.float16))
+        name: mx.zeros(tensor.shape, DTYPES.get(str(tensor.dtype), mx.float16))
         for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
