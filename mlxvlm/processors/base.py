@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlxvlm.errors import InputError
-from mlxvlm.messages import ImagePart, Message, Part, TextPart
+from mlxvlm.messages import ImagePart, Message, Part, Role, TextPart
+from mlxvlm.processors.chat_template import ChatTemplate
 from mlxvlm.processors.tokenizer import Tokenizer
+
+ROLES = get_args(Role)
+
+TurnMaker: TypeAlias = Callable[[Message, Sequence[Part]], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +55,38 @@ class Processor(Protocol):
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises InputError for an empty conversation or a turn that says nothing."""
+    """Raises InputError for an empty conversation, a turn that says nothing, and what is no Message."""
+    if isinstance(messages, (str, Mapping, Message)):
+        kind = type(messages).__name__
+        raise InputError(f"messages are a list of mlxvlm.Message, not a {kind}: give [mlxvlm.user('...')]")
     if not messages:
         raise InputError("there are no messages to answer")
     for index, message in enumerate(messages):
+        _check_message(message, f"message {index + 1}")
         if message.images or message.text.strip() or message.tool_calls:
             continue
         # A model may answer with nothing, and a tool may return nothing: history must stay usable.
         if message.role not in ("assistant", "tool"):
             raise InputError(f"message {index + 1} ({message.role}) is empty: give it text or an image")
+
+
+def _check_message(message: Any, name: str) -> None:
+    """Types are checked by hand: what is typed into a notebook meets no type checker."""
+    if not isinstance(message, Message):
+        kind = type(message).__name__
+        raise InputError(f"{name} is a {kind}, not a mlxvlm.Message: give mlxvlm.user('...'), or Message(role, parts)")
+    if message.role not in ROLES:
+        raise InputError(f"{name} has the role {message.role!r}; roles are {', '.join(ROLES)}")
+    if not isinstance(message.parts, (tuple, list)):
+        kind = type(message.parts).__name__
+        raise InputError(
+            f"{name} has a {kind} for its parts: give mlxvlm.user('...'), or Message({message.role!r}, "
+            "(TextPart('...'),))"
+        )
+    for part in message.parts:
+        if not isinstance(part, ImagePart) and not (isinstance(part, TextPart) and isinstance(part.text, str)):
+            kind = "TextPart without text" if isinstance(part, TextPart) else type(part).__name__
+            raise InputError(f"{name} has a {kind} among its parts: they are TextPart('...') or ImagePart(source)")
 
 
 def place_images(message: Message, marker: str) -> tuple[Part, ...]:
@@ -89,6 +118,17 @@ def turn_of_parts(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
         {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in parts
     ]
     return {"role": message.role, "content": content or [{"type": "text", "text": ""}]}
+
+
+def turn_of_text(message: Message, parts: Sequence[Part], marker: str) -> dict[str, Any]:
+    """A turn whose content is one string, with `marker` in a picture's place."""
+    content = "".join(marker if isinstance(part, ImagePart) else part.text for part in parts)
+    return {"role": message.role, "content": content}
+
+
+def turn_maker(template: ChatTemplate, marker: str, of_parts: TurnMaker = turn_of_parts) -> TurnMaker:
+    """How this template wants its turns: as the family makes them of parts, or as text with `marker`s."""
+    return partial(turn_of_text, marker=marker) if template.takes_strings else of_parts
 
 
 def expand_placeholders(rendered: str, marker: str, expansions: Sequence[str]) -> str:

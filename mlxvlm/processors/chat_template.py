@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
@@ -20,6 +21,9 @@ from mlxvlm.errors import ModelError, TemplateError
 
 # What a template's expressions raise while they run.
 _RENDER_ERRORS = (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError, MemoryError)
+
+
+_PROBE = "mlxvlm-probe-text"  # what no template says of itself
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -72,6 +76,26 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except (jinja2.TemplateError, SyntaxError, RecursionError) as error:  # the last two: from Python's compiler
             raise ModelError(f"the chat template has a syntax error: {_reason(error)}") from error
+
+    @cached_property
+    def takes_strings(self) -> bool:
+        """Whether a turn's content must be text: the template prints it as it is, which of a list is Python's repr.
+
+        Found by rendering one turn both ways, because templates reach the content by many names and filters.
+        """
+        parts = [{"type": "text", "text": _PROBE}]
+        if _PROBE not in (self._probe(_PROBE) or ""):
+            return False
+        with_parts = self._probe(parts)
+        # Templates that join content to other text with "+" fail on a list.
+        return with_parts is None or repr(parts) in with_parts
+
+    def _probe(self, content: Any) -> str | None:
+        """One turn rendered, None where the template refuses it."""
+        try:
+            return self.render([{"role": "user", "content": content}])
+        except TemplateError:
+            return None
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt text, ending where the assistant's turn begins. Raises TemplateError with the template's words."""

@@ -25,14 +25,23 @@ from mlxvlm.processors.base import (
     expand_placeholders,
     place_images,
     placeholder_spans,
-    turn_of_parts,
+    turn_maker,
 )
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.images import load_image
-from mlxvlm.processors.transforms import RESCALE_FACTOR, Normalizer, floats, resize, split_tiles
+from mlxvlm.processors.transforms import (
+    RESCALE_FACTOR,
+    Normalizer,
+    floats,
+    positive,
+    resample_of,
+    resize,
+    split_tiles,
+)
 
 MAX_SIDE = 4096  # pixels; the reference's absolute maximum
 IMAGE = "<image>"
+DEFAULT_IMAGE_TOKEN_ID = 128257  # Idefics3Config's and SmolVLMConfig's
 FAKE = "<fake_token_around_image>"
 GLOBAL = "<global-img>"
 END_OF_UTTERANCE = "<end_of_utterance>"
@@ -61,17 +70,22 @@ class ImageSettings:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImageSettings:
         size = config.get("size") or {"longest_edge": cls.longest_edge}
-        fixed = (int(size["height"]), int(size["width"])) if "height" in size and "width" in size else None
+        fixed = (
+            (positive(size["height"], "height"), positive(size["width"], "width"))
+            if "height" in size and "width" in size
+            else None
+        )
         longest = size.get("longest_edge")
         if longest is None and fixed is None:
             raise ModelError(f"the image processor's size {size} names neither longest_edge nor height and width")
+        tile = (config.get("max_image_size") or {}).get("longest_edge", cls.tile)
         return cls(
-            longest_edge=longest,
+            longest_edge=None if longest is None else positive(longest, "size.longest_edge"),
             fixed_size=fixed,
-            tile=int((config.get("max_image_size") or {}).get("longest_edge", cls.tile)),
+            tile=positive(tile, "max_image_size.longest_edge"),
             do_resize=config.get("do_resize", True),
             do_split=config.get("do_image_splitting", True),
-            resample=config.get("resample", cls.resample),
+            resample=resample_of(config, cls.resample),
         )
 
 
@@ -125,17 +139,16 @@ class Idefics3Processor:
         )
         for token in (FAKE, IMAGE, END_OF_UTTERANCE):
             self.tokenizer.add_special(token)
-        image_token_id = self.tokenizer.token_id(IMAGE)
-        assert image_token_id is not None
-        self.image_token_id = image_token_id
-        self.tokens_per_frame = _tokens_per_frame(files)
+        self.image_token_id = _image_token_id(files)
+        self.tokens_per_frame = _tokens_per_frame(files, self.settings.tile)
         self._settings_key = repr((self.settings, self.normalize.key)).encode()
 
     def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
         """Raises InputError, ImageError or TemplateError."""
         check_messages(messages)
         turns = [(message, place_images(message, IMAGE)) for message in messages]
-        rendered = self.template.render([turn_of_parts(message, parts) for message, parts in turns], template)
+        make_turn = turn_maker(self.template, IMAGE)
+        rendered = self.template.render([make_turn(message, parts) for message, parts in turns], template)
         sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
         images = [self.prepare_image(load_image(source)) for source in sources]
         expansions = [self._expansion(*layout) for _, layout, _ in images]
@@ -179,10 +192,26 @@ class Idefics3Processor:
         return "".join(lines) + "\n" + overview
 
 
-def _tokens_per_frame(files: ProcessorFiles) -> int:
+def _image_token_id(files: ProcessorFiles) -> int:
+    """The id that features are written over: the model's and the tokenizer's must be the same."""
+    found = files.tokenizer.add_special(IMAGE)
+    declared = files.config.get("image_token_id", DEFAULT_IMAGE_TOKEN_ID)
+    if declared != found:
+        raise ModelError(f"config.json says image_token_id {declared}, but the tokenizer's {IMAGE} is token {found}")
+    return found
+
+
+def _tokens_per_frame(files: ProcessorFiles, tile: int) -> int:
     """processor_config's image_seq_len, checked against the tower: (image // patch)^2 / scale^2."""
     vision = files.config.get("vision_config") or {}
-    grid = int(vision.get("image_size", 224)) // int(vision.get("patch_size", 32))
+    side, patch = int(vision.get("image_size", 224)), int(vision.get("patch_size", 32))
+    grid = side // patch
+    # A rest of less than a patch is cut off by the tower.
+    if tile // patch != grid:
+        raise ModelError(
+            f"the image processor's tiles of {tile} pixels are {tile // patch} patches a side, "
+            f"but the vision tower takes {grid} (of image_size {side})"
+        )
     expected = grid**2 // int(files.config.get("scale_factor", 2)) ** 2
     declared = files.processor.get("image_seq_len", expected)
     if declared != expected:

@@ -1,7 +1,7 @@
 """A picture from anywhere -> one RGB Pillow image. Knows sources, formats and limits; no model.
 
 One policy for every source: EXIF orientation is honoured, transparency is composited on white, 16-bit grey keeps its
-high byte, an animation gives its first frame.
+high byte, floats up to 1 are scaled to 255, an animation gives its first frame.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _DECODE_ERRORS = (
 )
 # Pillow reads many more, among them EPS, which it gives to Ghostscript to run.
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO")
+MAX_PATH_CHARS = 255  # longer texts that name no file are taken for base64: file systems' own limit of a name
 _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis")
 
 
@@ -128,10 +129,13 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if not image.width or not image.height:
         raise ImageError(f"{name} has no pixels")
     # Read before exif_transpose, which drops what it does not know.
-    transparent = "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None
+    level = image.info.get("transparency")
+    transparent = "A" in image.getbands() or "a" in image.getbands() or level is not None
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        return _from_wide_grey(image)
+        return _from_wide_grey(image, level)
+    if image.mode == "F":
+        return _from_float_grey(image)
     if transparent:
         layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -139,11 +143,26 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_wide_grey(image: Image.Image) -> Image.Image:
-    """16- and 32-bit grey. Pillow's own conversion clips all above 255 to white, which leaves a blank page."""
+def _from_wide_grey(image: Image.Image, level: Any) -> Image.Image:
+    """16- and 32-bit grey, white where it has the transparent `level`.
+
+    Pillow's own conversion clips all above 255 to white, which leaves a blank page.
+    """
     levels = np.asarray(image).astype(np.int64)
+    is_clear = levels == level if isinstance(level, int) else np.zeros(levels.shape, bool)
     if image.mode.startswith("I;16") or levels.max(initial=0) > 255:
         levels >>= 8
+    # The level of a PNG is compared in full depth: its neighbours share the high byte.
+    levels[is_clear] = 255
+    return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _from_float_grey(image: Image.Image) -> Image.Image:
+    """Floats of 0 to 1 or of 0 to 255, which only their values tell apart."""
+    levels = np.nan_to_num(np.asarray(image).astype(np.float64))
+    if levels.min() >= 0 and levels.max() <= 1:
+        levels = (levels * 255).round()
+    # Above 1 the fraction is dropped, as Pillow does.
     return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).convert("RGB")
 
 
@@ -179,9 +198,11 @@ def _from_text(source: str, limits: ImageLimits) -> Image.Image:
         return _from_path(path, source, limits)
     data = _base64(source, limits)
     if data is None:
+        if len(source) > MAX_PATH_CHARS:
+            raise ImageError(f"the base64 text is not valid base64 (and no file has that name): {_short(source, 60)}")
         raise ImageError(f"no such image file: {_short(source)}")
     # "photos/cat" is base64 as well as a path.
-    name = "the base64 text" if len(source) > 255 else f"{_short(source)} (no such file, so read as base64)"
+    name = "the base64 text" if len(source) > MAX_PATH_CHARS else f"{_short(source)} (no such file, so read as base64)"
     return decode_image(data, name, limits)
 
 

@@ -27,6 +27,7 @@ from mlxvlm.processors.base import (
     expand_placeholders,
     place_images,
     placeholder_spans,
+    turn_of_text,
 )
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.images import load_image
@@ -36,6 +37,8 @@ from mlxvlm.processors.transforms import (
     Normalizer,
     floats,
     pad_bottom_right,
+    positive,
+    resample_of,
     resize,
     split_tiles,
 )
@@ -63,10 +66,10 @@ class ImageSettings:
         if not config.get("do_resize", True):
             raise ModelError("the image processor says do_resize false, but tiles need pictures of a fixed size")
         return cls(
-            tile=int(size["height"]),
-            max_tiles=int(config.get("max_patches", cls.max_tiles)),
+            tile=positive(size["height"], "size"),
+            max_tiles=positive(config.get("max_patches", cls.max_tiles), "max_patches"),
             fill_canvas=config.get("resize_to_max_canvas", cls.fill_canvas),
-            resample=config.get("resample", cls.resample),
+            resample=resample_of(config, cls.resample),
         )
 
     @cached_property
@@ -172,8 +175,7 @@ def _turn(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
 
     Of a list it reads the first part of a system turn only, and in front of tools it prints the list's Python repr.
     """
-    content = "".join(IMAGE if isinstance(part, ImagePart) else part.text for part in parts)
-    turn: dict[str, Any] = {"role": message.role, "content": content}
+    turn = turn_of_text(message, parts, IMAGE)
     if message.tool_calls:
         # The template writes arguments as JSON itself.
         calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in message.tool_calls]

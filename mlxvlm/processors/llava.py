@@ -27,10 +27,19 @@ from mlxvlm.processors.base import (
     expand_placeholders,
     place_images,
     placeholder_spans,
+    turn_maker,
 )
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.images import load_image
-from mlxvlm.processors.transforms import RESCALE_FACTOR, Normalizer, floats, resize, split_tiles
+from mlxvlm.processors.transforms import (
+    RESCALE_FACTOR,
+    Normalizer,
+    floats,
+    positive,
+    resample_of,
+    resize,
+    split_tiles,
+)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -108,16 +117,17 @@ class SingleView:
         expected = (tower.image_size, tower.image_size)
         if (crop or fixed) != expected:
             raise ModelError(f"the image processor makes pictures of {crop or size}, but the tower takes {expected}")
+        shortest = size.get("shortest_edge")
         mean = floats(config.get("image_mean", CLIP_MEAN))
         # Only LLaVA's own image processor has this; LLaVA-NeXT's `do_pad` is about batches.
         pads = kind.startswith("LlavaImageProcessor") and config.get("do_pad", False)
         return cls(
             tower=tower,
-            shortest_edge=size.get("shortest_edge"),
+            shortest_edge=None if shortest is None else positive(shortest, "size.shortest_edge"),
             fixed_size=fixed,
             crop=crop,
             pad_color=tuple(int(value * 255) for value in mean) if pads else None,
-            resample=config.get("resample", Image.Resampling.BICUBIC),
+            resample=resample_of(config, Image.Resampling.BICUBIC),
         )
 
     def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Frames, Layout]:
@@ -160,7 +170,7 @@ class AnyRes:
         canvases = tuple((int(height), int(width)) for height, width in chosen)
         if any(length % side or length < side for canvas in canvases for length in canvas):
             raise ModelError(f"image_grid_pinpoints {canvases} are no multiples of the tile's {side} pixels")
-        return cls(tower, canvases, config.get("resample", Image.Resampling.BICUBIC))
+        return cls(tower, canvases, resample_of(config, Image.Resampling.BICUBIC))
 
     def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Frames, Layout]:
         side = self.tower.image_size
@@ -227,7 +237,8 @@ def _pad(image: Image.Image, height: int, width: int, color: tuple[int, ...] = (
 
 def _both_sides(size: Any) -> tuple[int, int]:
     """(height, width) of a setting that may be one number."""
-    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+    sides = {"height": size, "width": size} if isinstance(size, int) else size
+    return positive(sides["height"], "height"), positive(sides["width"], "width")
 
 
 class LlavaProcessor:
@@ -262,7 +273,8 @@ class LlavaProcessor:
         """Raises InputError, ImageError or TemplateError."""
         check_messages(messages)
         turns = [(message, place_images(message, self.image_token)) for message in messages]
-        rendered = self.template.render([_turn(message, parts) for message, parts in turns], template)
+        make_turn = turn_maker(self.template, self.image_token, _turn)
+        rendered = self.template.render([make_turn(message, parts) for message, parts in turns], template)
         sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
         images = [self.prepare_image(load_image(source)) for source in sources]
         counts = [self.view.num_tokens(layout) for _, layout, _ in images]

@@ -26,10 +26,19 @@ from mlxvlm.processors.base import (
     expand_placeholders,
     place_images,
     placeholder_spans,
+    turn_maker,
 )
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.images import load_image
-from mlxvlm.processors.transforms import RESCALE_FACTOR, Normalizer, floats, resize, split_tiles
+from mlxvlm.processors.transforms import (
+    RESCALE_FACTOR,
+    Normalizer,
+    floats,
+    positive,
+    resample_of,
+    resize,
+    split_tiles,
+)
 
 IMAGE = "<|image|>"
 
@@ -85,9 +94,9 @@ class ImageSettings:
         if not (config.get("do_resize", True) and config.get("do_pad", True)):
             raise ModelError("the image processor's do_resize and do_pad must be true: the tower takes whole tiles")
         return cls(
-            tile=int(size["height"]),
-            max_tiles=int(config.get("max_image_tiles", cls.max_tiles)),
-            resample=config.get("resample", cls.resample),
+            tile=positive(size["height"], "size"),
+            max_tiles=positive(config.get("max_image_tiles", cls.max_tiles), "max_image_tiles"),
+            resample=resample_of(config, cls.resample),
         )
 
 
@@ -114,7 +123,8 @@ class MllamaProcessor:
         """Raises InputError, ImageError or TemplateError."""
         check_messages(messages)
         turns = [(message, place_images(message, IMAGE)) for message in messages]
-        rendered = self.template.render([_turn(message, parts) for message, parts in turns], template)
+        make_turn = turn_maker(self.template, IMAGE, _turn)
+        rendered = self.template.render([make_turn(message, parts) for message, parts in turns], template)
         sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
         # One token a picture: the text stays as it is, only the counts are compared.
         expand_placeholders(rendered, IMAGE, [IMAGE] * len(sources))

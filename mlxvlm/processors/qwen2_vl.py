@@ -26,11 +26,19 @@ from mlxvlm.processors.base import (
     expand_placeholders,
     place_images,
     placeholder_spans,
-    turn_of_parts,
+    turn_maker,
 )
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.images import load_image
-from mlxvlm.processors.transforms import CLIP_MEAN, CLIP_STD, RESCALE_FACTOR, Normalizer, floats, resize
+from mlxvlm.processors.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    RESCALE_FACTOR,
+    Normalizer,
+    floats,
+    resample_of,
+    resize,
+)
 
 MAX_ASPECT_RATIO = 200  # long side / short side; the reference refuses more
 IMAGE = "<|image_pad|>"
@@ -62,7 +70,7 @@ class ImageSettings:
             patch=config.get("patch_size", cls.patch),
             merge=config.get("merge_size", cls.merge),
             do_resize=config.get("do_resize", True),
-            resample=config.get("resample", cls.resample),
+            resample=resample_of(config, cls.resample),
         )
 
     @property
@@ -135,7 +143,8 @@ class Qwen2VLProcessor:
             (message, place_images(message, WRAPPED_IMAGE if WRAPPED_IMAGE in message.text else IMAGE))
             for message in messages
         ]
-        rendered = self.template.render([turn_of_parts(message, parts) for message, parts in turns], template)
+        make_turn = turn_maker(self.template, WRAPPED_IMAGE)
+        rendered = self.template.render([make_turn(message, parts) for message, parts in turns], template)
         sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
         images = [self.prepare_image(load_image(source)) for source in sources]
         counts = [len(pixels) // self.settings.merge**2 for pixels, _, _ in images]

@@ -5,9 +5,11 @@ Source: transformers `image_transforms.py` and the PIL backend of `image_process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.
 
 @dataclass(frozen=True)
 class Normalizer:
-    """uint8 -> float32 (v * rescale - mean) / std for each channel."""
+    """uint8 -> float32 (v * rescale - mean) / std for each channel. Raises ValueError for settings that can't be."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -38,6 +40,14 @@ class Normalizer:
     key: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(_is_number(value) for value in values):
+                raise ValueError(f"image_{name} is {values!r}, not 3 numbers")
+        if not all(self.std):
+            raise ValueError(f"image_std is {self.std!r}, and pixels are divided by it")
+        if self.do_rescale and not _is_number(self.rescale_factor):
+            raise ValueError(f"rescale_factor is {self.rescale_factor!r}, not a number")
         settings = (self.mean, self.std, self.rescale_factor, self.do_rescale, self.do_normalize)
         object.__setattr__(self, "key", repr(settings))
 
@@ -93,8 +103,29 @@ def split_tiles(pixels: NDArray[np.float32], rows: int, columns: int) -> NDArray
     )
 
 
-def floats(values: float | Sequence[float], count: int = 3) -> tuple[float, ...]:
-    """A per-channel setting that may be given as one number."""
-    if isinstance(values, (int, float)):
-        return (float(values),) * count
-    return tuple(float(value) for value in values)
+def floats(values: Any, count: int = 3) -> tuple[float, ...]:
+    """A per-channel setting that may be given as one number; ValueError for what holds no numbers."""
+    channels = values if isinstance(values, (list, tuple)) else (values,) * count
+    if not all(_is_number(value) for value in channels):
+        raise ValueError(f"{values!r} is given for the colour channels, not {count} numbers")
+    return tuple(float(value) for value in channels)
+
+
+def positive(value: Any, name: str) -> int:
+    """A side or a count from a config; ValueError for one that is no whole number from 1 on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"the image processor's {name} is {value!r}, no positive whole number")
+    return value
+
+
+def resample_of(config: Mapping[str, Any], default: int) -> int:
+    """Pillow's number of the filter that a config names, as an int; ValueError for one that Pillow has not."""
+    value = config.get("resample", default)
+    # A float or a bool equals a number, but digests would tell them apart.
+    if not isinstance(value, int) or isinstance(value, bool) or value not in set(Image.Resampling):
+        raise ValueError(f"the image processor's resample is {value!r}, no number of a Pillow filter")
+    return int(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

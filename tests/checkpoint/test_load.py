@@ -206,6 +206,63 @@ def test_broken_small_files(stem: str, content: str, tmp_path: Path) -> None:
     assert f"{stem}.json" in str(refusal(folder_with(tmp_path, config_of(SPLIT), **{stem: content})))
 
 
+ZERO, NEGATIVE, TEXT = 0, -8, "8"
+BAD_SIDES: dict[str, list[dict[str, Any]]] = {
+    "idefics3_split": [
+        *({"size": {"longest_edge": side}} for side in (ZERO, NEGATIVE, TEXT, 1.5)),
+        *({"size": {"height": side, "width": 8}} for side in (ZERO, NEGATIVE, TEXT)),
+        *({"max_image_size": {"longest_edge": side}} for side in (ZERO, NEGATIVE, TEXT, None, 64)),
+        {"size": 48},
+        {"max_image_size": 16},
+    ],
+    "llava_clip": [
+        *({"size": {"shortest_edge": side}} for side in (ZERO, NEGATIVE, TEXT)),
+        *({"size": side} for side in (ZERO - 1, NEGATIVE, TEXT)),
+        *({"crop_size": side} for side in (NEGATIVE, TEXT, {"height": ZERO, "width": 18})),
+    ],
+    "llava_siglip": [{"size": {"height": side, "width": 12}} for side in (ZERO, NEGATIVE, TEXT)],
+    "llava_next_tiles": [
+        *({"size": {"shortest_edge": side}} for side in (NEGATIVE, TEXT)),
+        *({"crop_size": {"height": side, "width": side}} for side in (ZERO, NEGATIVE, TEXT)),
+        *({"image_grid_pinpoints": [[12, side]]} for side in (ZERO, -12, "wide")),
+    ],
+    "mllama_tiles": [
+        *({"size": {"height": side, "width": side}} for side in (ZERO, NEGATIVE, TEXT)),
+        *({"max_image_tiles": count} for count in (ZERO, NEGATIVE, TEXT)),
+    ],
+    "llama4_dense": [
+        *({"size": {"height": side, "width": side}} for side in (ZERO, NEGATIVE, TEXT)),
+        *({"max_patches": count} for count in (ZERO, NEGATIVE, TEXT)),
+    ],
+    "qwen2_vl_tied": [
+        {name: count} for name in ("patch_size", "merge_size", "max_pixels") for count in (ZERO, NEGATIVE, TEXT)
+    ],
+}
+BAD_PIXELS: list[dict[str, Any]] = [
+    *({"resample": value} for value in (99, -1, "bicubic", None, 2.5)),
+    *({"image_mean": value} for value in ([0.5, 0.5], [0.5] * 4, ["a"] * 3, "grey", None)),
+    *({"image_std": value} for value in ([0.5, 0.5], [0.5] * 4, [0.5, 0.5, None], 0, [0.5, 0, 0.5], float("nan"))),
+    *({"rescale_factor": value} for value in ("1/255", None, [0.004])),
+]
+BAD_IMAGES = [(golden, bad) for golden, sides in BAD_SIDES.items() for bad in [*sides, *BAD_PIXELS]]
+
+
+@pytest.mark.parametrize(("golden", "bad"), BAD_IMAGES, ids=lambda value: str(value)[:60])
+def test_nonsense_in_the_image_processor(golden: str, bad: dict[str, Any], tmp_path: Path) -> None:
+    """Said when the model is opened, not when the first picture comes."""
+    for path in (GOLDENS / golden).iterdir():
+        if path.suffix in (".json", ".jinja"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    open_model(str(tmp_path))
+    file.write_text(json.dumps(settings | bad))
+    with pytest.raises(ModelError) as caught:
+        open_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
 def test_context_of_a_config_that_leaves_it_out(tmp_path: Path) -> None:
     config = config_of(TIED)
     del config["text_config"]["max_position_embeddings"]

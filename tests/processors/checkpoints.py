@@ -11,7 +11,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 BOS, EOS = "<s>", "</s>"
-CONFIG = {"model_type": "idefics3", "vision_config": {"image_size": 8, "patch_size": 2}, "scale_factor": 2}
+CONFIG = {
+    "model_type": "idefics3",
+    "vision_config": {"image_size": 8, "patch_size": 2},
+    "scale_factor": 2,
+    "image_token_id": 258,  # of byte_tokenizer's <image>
+}
 IMAGE_SETTINGS = {"size": {"longest_edge": 24}, "max_image_size": {"longest_edge": 8}}
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{% for part in m.content %}"

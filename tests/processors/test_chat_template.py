@@ -147,3 +147,27 @@ def test_syntax_errors(source: str) -> None:
     assert message.startswith("the chat template has a syntax error: ")
     assert BROKEN[source] in message
     assert len(message.splitlines()) == 1
+
+
+TURN = "{% for m in messages %}"
+END = "{% endfor %}"
+WANTS_STRINGS = {
+    TURN + "{{ m.role }}: {{ m.content }}" + END: True,
+    TURN + "{{ m['content'] | trim }}" + END: True,
+    TURN + "{% set words = m['content'] %}{{ words }}" + END: True,
+    TURN + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}" + END: True,  # fails on a list
+    TURN + "{% if m.content is string %}{{ m.content }}{% else %}{{ raise_exception('no') }}{% endif %}" + END: True,
+    TURN + "{% for part in m.content %}{{ part.text }}{% endfor %}" + END: False,
+    TURN + "{{ m.content[0].text }}" + END: False,
+    TURN + "{{ m.content | map(attribute='text') | join }}" + END: False,
+    TURN + "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}" + END: False,
+    TURN + "{{ m.role }}" + END: False,
+    "{{ raise_exception('never') }}": False,
+    "{{ messages[1].content }}": False,
+    "{{ 1 / 0 }}": False,
+}
+
+
+@pytest.mark.parametrize("source", WANTS_STRINGS)
+def test_whether_it_takes_strings(source: str) -> None:
+    assert ChatTemplate(source, {}).takes_strings is WANTS_STRINGS[source]

@@ -153,7 +153,7 @@ OTHER_SETTINGS: list[dict[str, Any]] = [
     {},
     {"size": {"longest_edge": 32}},
     {"size": {"height": 24, "width": 24}},
-    {"max_image_size": {"longest_edge": 12}},
+    {"max_image_size": {"longest_edge": 9}},
     {"do_resize": False},
     {"do_image_splitting": False},
     {"do_rescale": False},
@@ -179,13 +179,19 @@ def test_default_settings() -> None:
         ImageSettings.from_config({"size": {"shortest_edge": 3}})
 
 
+def tiles_of(side: int) -> dict[str, Any]:
+    return IMAGE_SETTINGS | {"max_image_size": {"longest_edge": side}}
+
+
 def test_tokens_per_frame(tmp_path: Path) -> None:
     without = processor(tmp_path / "a", {"processor_config.json": None})
     assert without.tokens_per_frame == processor(tmp_path / "b").tokens_per_frame == 4
     vision = {"image_size": 27, "patch_size": 2}  # 13 x 13 patches
-    odd = processor(tmp_path / "c", {"processor_config.json": None}, vision_config=vision, scale_factor=3)
+    odd_files = {"processor_config.json": None, "preprocessor_config.json": tiles_of(27)}
+    odd = processor(tmp_path / "c", odd_files, vision_config=vision, scale_factor=3)
     assert odd.tokens_per_frame == 18
-    bare = processor(tmp_path / "d", {"processor_config.json": None}, vision_config=None)
+    bare_files = {"processor_config.json": None, "preprocessor_config.json": tiles_of(224)}
+    bare = processor(tmp_path / "d", bare_files, vision_config=None)
     assert bare.tokens_per_frame == (224 // 32) ** 2 // 4
 
 
@@ -195,9 +201,30 @@ def test_image_seq_len_that_is_not_the_towers(tmp_path: Path) -> None:
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize("side", [8, 9])
+def test_tiles_of_the_towers_patches(side: int, tmp_path: Path) -> None:
+    assert processor(tmp_path, {"preprocessor_config.json": tiles_of(side)}).settings.tile == side
+
+
+@pytest.mark.parametrize("side", [7, 10, 12, 364])
+def test_tiles_that_are_not_the_towers(side: int, tmp_path: Path) -> None:
+    words = f"tiles of {side} pixels are {side // 2} patches a side, but the vision tower takes 4"
+    with pytest.raises(ModelError, match=words):
+        processor(tmp_path, {"preprocessor_config.json": tiles_of(side)})
+
+
+def test_image_token_that_is_not_the_tokenizers(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="says image_token_id 7, but the tokenizer's <image> is token 258"):
+        processor(tmp_path / "a", image_token_id=7)
+    write_checkpoint(tmp_path / "b")
+    config = {name: value for name, value in CONFIG.items() if name != "image_token_id"}
+    with pytest.raises(ModelError, match="says image_token_id 128257, but the tokenizer's <image> is token 258"):
+        build(ProcessorFiles.read(tmp_path / "b", config))
+
+
 def test_missing_marker_tokens_are_added(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, byte_tokenizer(special=("<s>", "</s>")))
-    made = build(ProcessorFiles.read(tmp_path, CONFIG))
+    made = build(ProcessorFiles.read(tmp_path, CONFIG | {"image_token_id": 259}))
     names = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
     assert [made.tokenizer.token_id(name) for name in names] == [258, 259, 260]
     assert made.image_token_id == 259

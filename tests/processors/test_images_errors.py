@@ -230,6 +230,14 @@ def test_bad_texts(text: str) -> None:
     assert refusal(text) == BAD_TEXTS[text]
 
 
+def test_long_text_with_one_bad_character() -> None:
+    """Nobody's path is that long: what is wrong is the base64."""
+    text = base64_text(noise(300).tobytes())
+    words = refusal(text[:200] + "!" + text[200:])
+    assert words.startswith(f"the base64 text is not valid base64 (and no file has that name): {text[:20]}")
+    assert len(words) < 160
+
+
 def test_path_that_reads_as_base64() -> None:
     assert refusal("photos/cats").startswith("photos/cats (no such file, so read as base64) is not an image")
 

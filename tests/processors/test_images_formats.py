@@ -120,6 +120,35 @@ def test_wide_grey_pillow_images() -> None:
     assert pixels_of(load_image(small))[0, 0].tolist() == [200, 200, 200]
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_sixteen_bit_grey_with_a_transparent_level(orientation: int) -> None:
+    levels = np.array([[1000, 1001, 0], [65535, 999, 1000]], np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(levels), "PNG", transparency=1000, exif=exif)
+    expected = upright(np.array([[255, 3, 0], [255, 3, 255]], np.uint8), orientation)
+    assert pixels_of(load_image(data))[..., 0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([0.0, 0.5, 254.9], [0, 0, 254]),
+        ([-1.0, 0.5, 300.0], [0, 0, 255]),
+        ([-0.5, 0.5, 1.0], [0, 0, 1]),
+        ([float("nan"), 1.0, 0.0], [0, 255, 0]),
+        ([float("inf"), 2.0, float("-inf")], [255, 2, 0]),
+        ([0.0, 0.0, 0.0], [0, 0, 0]),
+    ],
+)
+def test_float_grey(levels: list[float], expected: list[int]) -> None:
+    image = Image.fromarray(np.array([levels], np.float32))
+    assert image.mode == "F"
+    for source in (image, encode(image, "TIFF")):
+        assert pixels_of(load_image(source))[0, :, 1].tolist() == expected
+
+
 def test_sixteen_bit_colour_keeps_the_high_byte() -> None:
     levels = np.random.default_rng(0).integers(0, 1 << 16, (3, 4, 3), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mlxvlm.processors.transforms import RESCALE_FACTOR, Normalizer, floats, resize, split_tiles
+from mlxvlm.processors.transforms import (
+    RESCALE_FACTOR,
+    Normalizer,
+    floats,
+    positive,
+    resample_of,
+    resize,
+    split_tiles,
+)
 from tests.processors.pictures import noise
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -99,3 +108,42 @@ def test_floats() -> None:
     assert floats(0.5) == (0.5, 0.5, 0.5)
     assert floats(1, 2) == (1.0, 1.0)
     assert floats([1, 2.5]) == (1.0, 2.5)
+
+
+@pytest.mark.parametrize("values", ["0.5", None, True, ["0.5"] * 3, [0.5, None, 0.5], {"r": 1}, float("nan")])
+def test_floats_that_are_none(values: Any) -> None:
+    with pytest.raises(ValueError, match="given for the colour channels, not 3 numbers"):
+        floats(values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mean": (0.5,)}, "image_mean is .*, not 3 numbers"),
+        ({"mean": (0.5, 0.5, "x")}, "image_mean"),
+        ({"std": (0.5,) * 4}, "image_std is .*, not 3 numbers"),
+        ({"std": (0.5, 0.0, 0.5)}, "image_std is .*divided by it"),
+        ({"std": (0.5, float("inf"), 0.5)}, "image_std"),
+        ({"rescale_factor": "1/255"}, "rescale_factor is '1/255', not a number"),
+        ({"rescale_factor": None}, "rescale_factor"),
+        ({"rescale_factor": True}, "rescale_factor"),
+    ],
+)
+def test_normalizer_that_can_not_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Normalizer(**{"mean": HALF[0], "std": HALF[1]} | settings)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", None, True, [8], float("nan")])
+def test_positive(value: Any) -> None:
+    assert positive(8, "size") == 8
+    with pytest.raises(ValueError, match=r"the image processor's size is .*, no positive whole number"):
+        positive(value, "size")
+
+
+@pytest.mark.parametrize("value", [99, -1, 1.0, "1", None, True, [1]])
+def test_resample_of(value: Any) -> None:
+    assert [resample_of({"resample": number}, 3) for number in range(6)] == list(range(6))
+    assert type(resample_of({}, Image.Resampling.BICUBIC)) is int
+    with pytest.raises(ValueError, match=r"resample is .*, no number of a Pillow filter"):
+        resample_of({"resample": value}, 3)
