@@ -8,13 +8,13 @@ tensors; the tensors can't.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.errors import UsageError, WeightsError
 from mlxvlm.models.base import VisionLanguageModel
 
@@ -25,15 +25,6 @@ _PACKED_BITS = 32  # quantised weights are packed into uint32
 _FLOAT_MODES = {(32, 4): "mxfp4", (16, 4): "nvfp4", (32, 8): "mxfp8"}  # (group size, bits), each mode's only one
 _AFFINE_GROUPS = (32, 64, 128)
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-
-
-@dataclass(frozen=True, slots=True)
-class QuantSpec:
-    """Exactly mx.quantize's arguments."""
-
-    bits: int
-    group_size: int = 64
-    mode: str = "affine"
 
 
 def choose_dtype(name: str, weights: Mapping[str, mx.array]) -> mx.Dtype:

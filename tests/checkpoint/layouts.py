@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvlm.checkpoint.bind import QuantSpec
 from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from tests.golden import GOLDENS, Case

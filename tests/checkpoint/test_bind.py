@@ -12,7 +12,8 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.bind import DTYPES, QuantSpec, bind, choose_dtype, quant_spec
+from mlxvlm.checkpoint.bind import DTYPES, bind, choose_dtype, quant_spec
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.errors import UsageError, WeightsError
 from mlxvlm.models.idefics3 import Model, build

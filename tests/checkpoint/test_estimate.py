@@ -13,9 +13,10 @@ from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetada
 from mlx.utils import tree_flatten
 
 from mlxvlm.checkpoint import estimate
-from mlxvlm.checkpoint.bind import DTYPES, QuantSpec
+from mlxvlm.checkpoint.bind import DTYPES
 from mlxvlm.checkpoint.estimate import memory_need
 from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
 from mlxvlm.models.base import Inputs

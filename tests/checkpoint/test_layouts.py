@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxvlm.checkpoint.bind import DTYPES, QuantSpec
+from mlxvlm.checkpoint.bind import DTYPES
 from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.models.base import RowState
 from tests.checkpoint.layouts import (

@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.bind import QuantSpec, quantize_modules
+from mlxvlm.checkpoint.bind import quantize_modules
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.models.idefics3 import Model, build
 from tests.checkpoint.layouts import SPLIT, TIED, Tensors, config_of, mlx_names, quantised, tensors_of
 from tests.golden import GOLDENS

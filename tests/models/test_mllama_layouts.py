@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.bind import QuantSpec
 from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.models.mllama import build
 from tests.checkpoint.layouts import (
     Recipe,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.bind import QuantSpec
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.models.base import RowState
 from mlxvlm.models.qwen2_vl import Config, Model, PatchEmbed, VisionConfig, build, mrope_positions, patch_coordinates

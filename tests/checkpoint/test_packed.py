@@ -1,0 +1,31 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxvlm.checkpoint.packed import Packed, QuantSpec, pack_codes
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_are_packed_as_mlx_packs_them(bits):
+    weight = mx.random.normal((3, 128), key=mx.random.key(bits))
+    packed, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
+    exact = mx.dequantize(packed, scales, biases, group_size=64, bits=bits)
+    groups = np.array(exact).reshape(3, 2, 64)
+    codes = np.rint((groups - np.array(biases)[..., None]) / np.array(scales)[..., None]).astype(np.uint8)
+    assert np.array_equal(pack_codes(codes.reshape(3, 128), bits), np.array(packed))
+
+
+def test_codes_that_fill_no_whole_word_are_refused():
+    with pytest.raises(ValueError, match="no whole words"):
+        pack_codes(np.zeros((1, 3), np.uint8), 4)
+
+
+def test_a_packed_weight_names_its_tensors():
+    words = np.zeros((1, 4), np.uint32)
+    scales = np.ones((1, 1), np.float16)
+    tensors = Packed(words, scales, scales, QuantSpec(4, 32), 0.5).tensors("a.b")
+    assert set(tensors) == {"a.b.weight", "a.b.scales", "a.b.biases", "a.b.output_scale"}
+    assert tensors["a.b.output_scale"].item() == 0.5
+    assert tensors["a.b.scales"].dtype == mx.float16
+    floats = Packed(words, np.zeros((1, 1), np.uint8), None, QuantSpec(4, 32, "mxfp4")).tensors("a")
+    assert set(floats) == {"a.weight", "a.scales", "a.output_scale"}
