@@ -47,6 +47,13 @@ class Packed:
         return named | {f"{path}.{OUTPUT_SCALE}": mx.array(self.output_scale, mx.float32)}
 
 
+def quantized(path: str, weight: mx.array, spec: QuantSpec) -> dict[str, mx.array]:
+    """A module's tensors from its full weight [..., out, in], evaluated: the caller can drop the original."""
+    parts = mx.quantize(weight, spec.group_size, spec.bits, mode=spec.mode)
+    mx.eval(parts)
+    return {f"{path}.{leaf}": part for leaf, part in zip(("weight", "scales", "biases"), parts, strict=False)}
+
+
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     """uint8 codes [..., n] below 2**bits -> uint32 [..., n * bits / 32]; n * bits must be a multiple of 32."""
     *lead, count = codes.shape

@@ -1,0 +1,51 @@
+"""Tensors of a foreign file on their way to MLX: exact where they can be, else re-quantised and counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+from numpy.typing import NDArray
+
+from mlxvlm.checkpoint.packed import Packed, QuantSpec, quantized
+
+# Adds a relative error of 0.005, which shows in nothing below 8 bits.
+REQUANTIZED = QuantSpec(8, 32)
+
+
+class Conversion:
+    """What a reader of UQFF or GGUF files fills: `weights` by name, as if they came from safetensors.
+
+    requantize: what quantised weights without an exact MLX form become; None keeps them in 16 bits.
+    """
+
+    def __init__(self, requantize: QuantSpec | None = REQUANTIZED) -> None:
+        self.weights: dict[str, mx.array] = {}
+        self._requantize = requantize
+        self._inexact: Counter[str] = Counter()
+
+    def plain(self, name: str, array: mx.array) -> None:
+        """A tensor that is not quantised; `name` is whole, with `.weight` or `.bias`."""
+        self.weights[name] = array
+
+    def exact(self, path: str, packed: Packed) -> None:
+        """The weight of the module at `path`, without loss."""
+        self.weights |= packed.tensors(path)
+
+    def inexact(self, path: str, values: NDArray[Any], source: str) -> None:
+        """The weight of the module at `path`, dequantised to float32 from `source`, a type that MLX can't hold."""
+        spec = self._requantize
+        array = mx.array(values)
+        if spec is None or values.shape[-1] % spec.group_size:
+            self._inexact[f"{source} layers dequantised to 16 bits"] += 1
+            half = array.astype(mx.float16)
+            mx.eval(half)
+            self.weights[f"{path}.weight"] = half
+        else:
+            self._inexact[f"{source} layers re-quantised to {spec.bits}-bit groups of {spec.group_size}"] += 1
+            self.weights |= quantized(path, array, spec)
+
+    def notes(self) -> list[str]:
+        """A line for each kind of loss."""
+        return [f"{count} {kind}: not bit-exact" for kind, count in sorted(self._inexact.items())]
