@@ -14,9 +14,7 @@ from mlxvlm.checkpoint.hub import resolve
 from mlxvlm.errors import ModelNotFoundError
 from mlxvlm.families import NONSENSE, Family, family_of, senseless
 from mlxvlm.processors.base import Processor
-from mlxvlm.processors.files import ProcessorFiles, read_json
-
-DEFAULT_CONTEXT = 2048  # LlamaConfig's, where a partial text_config leaves it out
+from mlxvlm.processors.files import ProcessorFiles, context_length, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +78,8 @@ def open_model(name: str, *, revision: str | None = None, chat_template: Path | 
     family = family_of(config)
     try:
         files = ProcessorFiles.read(folder, config, chat_template)
-        text_config = config.get("text_config") or config
         processor = cast(Processor, family.processor_module().build(files))
-        max_context = int(text_config.get("max_position_embeddings", DEFAULT_CONTEXT))
+        max_context = context_length(config)
         defaults = GenerationDefaults.from_configs(read_json(folder / "generation_config.json"), config)
     except NONSENSE as error:
         raise senseless(f"a config in {folder}", error) from error

@@ -52,6 +52,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     )
 
 
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """--min-pixels and --max-pixels."""
+    group = parser.add_argument_group("image sizes (models that take pictures of any size: Qwen2-VL)")
+    group.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures whose width x height is less")
+    group.add_argument("--max-pixels", type=int, metavar="N", help="shrink those beyond it: fewer tokens, less detail")
+
+
 def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
     """The checkpoint's defaults with what the user gave."""
     from dataclasses import replace
