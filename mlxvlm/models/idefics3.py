@@ -20,6 +20,7 @@ from mlxvlm.models.base import (
     Cache,
     Inputs,
     KVSpec,
+    QuantPaths,
     RowState,
     check_numbers,
     is_buffer,
@@ -152,6 +153,8 @@ class Backbone(nn.Module):
 
 class Model(nn.Module):
     """A VisionLanguageModel."""
+
+    quant_paths = QuantPaths(decoder="model.text_model", head="lm_head", tower="model.vision_model.encoder.layers")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, check_numbers, merge_features
+from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers, merge_features
 from mlxvlm.models.decoder import Attention, Decoder, DecoderConfig
 from mlxvlm.models.experts import Experts
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
@@ -400,6 +400,12 @@ class LanguageModel(nn.Module):
 
 class Model(nn.Module):
     """A VisionLanguageModel."""
+
+    quant_paths = QuantPaths(
+        decoder="language_model.model",
+        head="language_model.lm_head",
+        tower="vision_model.model.layers",
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__()

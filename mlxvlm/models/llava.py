@@ -20,6 +20,7 @@ from mlxvlm.models.base import (
     Cache,
     Inputs,
     KVSpec,
+    QuantPaths,
     RowState,
     check_numbers,
     is_buffer,
@@ -240,6 +241,12 @@ def pack_tiles(features: mx.array, layout: Sequence[int], newline: mx.array) -> 
 
 class Model(nn.Module):
     """A VisionLanguageModel."""
+
+    quant_paths = QuantPaths(
+        decoder="language_model.model",
+        head="language_model.lm_head",
+        tower="vision_tower.vision_model.encoder.layers",
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, check_numbers
+from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers
 from mlxvlm.models.decoder import DecoderConfig, DecoderLayer
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
 from mlxvlm.models.rope import RoPE, rope_parameters
@@ -412,6 +412,8 @@ class LanguageModel(nn.Module):
 
 class Model(nn.Module):
     """A VisionLanguageModel."""
+
+    quant_paths = QuantPaths(decoder="language_model.model", head="language_model.lm_head", tower="vision_model")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

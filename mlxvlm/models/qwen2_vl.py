@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, check_numbers, merge_features
+from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers, merge_features
 from mlxvlm.models.decoder import Decoder, DecoderConfig
 from mlxvlm.models.layers import join_heads, split_heads
 from mlxvlm.models.rope import MRoPE, Rotation, inverse_frequencies, rope_parameters, rotation
@@ -236,6 +236,8 @@ def mrope_positions(prompt: Prompt, merge: int) -> tuple[NDArray[np.int32], int]
 
 class Model(nn.Module):
     """A VisionLanguageModel."""
+
+    quant_paths = QuantPaths(decoder="model", head="lm_head", tower="visual.blocks")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
