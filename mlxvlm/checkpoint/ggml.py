@@ -89,8 +89,9 @@ _BITS = np.arange(8, dtype=np.uint8)[:, None]
 _IQ4 = np.array([1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241], np.uint8)
 # The values of E2M1's codes.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_LARGEST_EXPONENT = 254  # of E8M0; 255 is its NaN
-_LARGEST_SCALE = 2.0**119  # times a code of 8 bits it is still a float32
+# Times any code these are still float32.
+_LARGEST_SCALE = np.float32(2.0**119)
+_LARGEST_EXPONENT = 252  # as E8M0 writes it; 255 is its NaN
 
 
 def _halves(qs: Array) -> Array:
