@@ -139,7 +139,16 @@ class TensorFile:
         return self._entries[name].shape
 
     def read(self, name: str) -> Tensor:
+        return self._read(name, self._entries[name])
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """[1, ...]: one entry of the first axis, without reading the others."""
         entry = self._entries[name]
+        step = (entry.end - entry.start) // entry.shape[0]
+        start = entry.start + index * step
+        return self._read(name, _Entry(entry.dtype, (1, *entry.shape[1:]), start, start + step))
+
+    def _read(self, name: str, entry: _Entry) -> Tensor:
         count = entry.end - entry.start
         try:
             data = np.fromfile(self.path, np.uint8, count, offset=self._data + entry.start)

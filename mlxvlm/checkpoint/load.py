@@ -46,6 +46,21 @@ class GenerationDefaults:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How the weights become a model. Names as users give them: they are looked up where MLX is.
+
+    isq: a type's name (see docs/quantisation.md); isq_tower: the vision tower's layers too; topology: a YAML file of
+    types by layer. isq_cache: the folder that keeps what was quantised, None for none.
+    """
+
+    dtype: str = "auto"
+    isq: str | int | None = None
+    isq_tower: bool = False
+    topology: Path | None = None
+    isq_cache: Path | None = None
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A checkpoint whose small files are read and whose weights are not."""
@@ -58,15 +73,11 @@ class ModelSource:
     defaults: GenerationDefaults
     max_context: int
 
-    def build(self, dtype: str, progress: Any) -> Any:
+    def build(self, options: LoadOptions, progress: Any) -> Any:
         """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
-        from mlxvlm.checkpoint.bind import bind
-        from mlxvlm.checkpoint.weights import read_weights
+        from mlxvlm.checkpoint.build import build
 
-        weights = read_weights(self.folder)
-        model = self.family.build_model(self.config)
-        bind(model, weights, dtype, progress)
-        return model
+        return build(self.folder, self.config, self.family, options, progress)
 
 
 def open_model(name: str, *, revision: str | None = None, chat_template: Path | None = None) -> ModelSource:

@@ -63,8 +63,8 @@ def parse_type(name: str | int) -> QuantSpec:
 
 def promoted(spec: QuantSpec) -> QuantSpec:
     """What embeddings and the output head get beside layers of `spec`: every token's error goes through them."""
-    group = spec.group_size if spec.mode == "affine" else QuantSpec.group_size
-    return QuantSpec(6 if spec.bits <= 4 else 8, group)
+    bits = 6 if spec.bits <= 4 else 8
+    return QuantSpec(bits, spec.group_size) if spec.mode == "affine" else QuantSpec(bits)
 
 
 def fitted(spec: QuantSpec, width: int) -> QuantSpec | None:

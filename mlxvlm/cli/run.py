@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from mlxvlm.cli.options import (
     add_image_options,
     add_model_options,
+    add_quantisation_options,
     add_sampling_options,
     figures,
+    load_options,
     sampling_params,
 )
 from mlxvlm.cli.progress import byte_bar
@@ -62,6 +64,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
     parser.add_argument("-q", "--quiet", action="store_true", help="no figures on stderr")
     add_model_options(parser)
+    add_quantisation_options(parser)
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
     parser.set_defaults(execute=execute)
@@ -81,7 +84,7 @@ def execute(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
     prepare_s = time.perf_counter() - begun
-    with byte_bar("loading") as progress, start(source, dtype=args.dtype, progress=progress) as engine:
+    with byte_bar("loading") as progress, start(source, load_options(args), progress) as engine:
         request = Request(messages, sampling, prompt=prompt)
         answer = _print_json if args.json else _print_stream
         return answer(args, engine, request, prepare_s)

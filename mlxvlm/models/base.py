@@ -123,7 +123,14 @@ class VisionLanguageModel(Protocol):
         ...
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Any known checkpoint layout -> this model's names and shapes. A second call changes nothing."""
+        """Any known checkpoint layout -> this model's names and shapes, each tensor on its own.
+
+        A second call changes nothing.
+        """
+        ...
+
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        """One of this model's tensors under the name and in the shape of MLX-community checkpoints."""
         ...
 
 

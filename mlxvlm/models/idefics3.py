@@ -209,12 +209,22 @@ class Model(nn.Module):
             named[conv] = to_channels_last(named[conv], self._config.vision.num_channels)
         return {name: array for name, array in named.items() if not is_buffer(name)}
 
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        return renamed(name, _PUBLISHED), array
+
 
 _RENAMES = (
     # mlx-vlm puts the head inside the language model and drops the decoder's own `model.`.
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.(?:model\.)?"), "model.text_model."),
     (re.compile(r"^(vision_model|connector)\."), r"model.\1."),
+)
+
+
+_PUBLISHED = (
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^model\.text_model\."), "language_model."),
+    (re.compile(r"^model\.(vision_model|connector)\."), r"\1."),
 )
 
 

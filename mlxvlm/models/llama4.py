@@ -454,6 +454,9 @@ class Model(nn.Module):
                 ours |= _split_experts(name, array)
         return ours
 
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        return name, array
+
 
 # Values that old releases stored and every release recomputes.
 _BUFFERS = ("rotary_emb.inv_freq", "rotary_embedding.freqs_ci")

@@ -317,6 +317,9 @@ class Model(nn.Module):
             return max(self._config.feature_layers) <= int(layer[1]) < self._config.vision.num_hidden_layers
         return name.startswith((f"{_TOWER}post_layernorm.", f"{_TOWER}head."))
 
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        return name, array
+
 
 _TOWER = "vision_tower.vision_model."
 _RENAMES = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxvlm.checkpoint.load import GenerationDefaults, open_model
+from mlxvlm.checkpoint.load import GenerationDefaults, LoadOptions, open_model
 from mlxvlm.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from mlxvlm.families import FAMILIES, family_of
 from mlxvlm.processors.files import context_length
@@ -96,7 +96,7 @@ def refusal(folder: Path) -> ModelError:
     """Of a model that is opened and built."""
 
     def build() -> None:
-        open_model(str(folder)).build("float32", lambda done, total: None)
+        open_model(str(folder)).build(LoadOptions("float32"), lambda done, total: None)
 
     with pytest.raises(ModelError) as caught:
         build()

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.models.base import RowState
@@ -198,7 +199,7 @@ def test_text_needs_neither_positions_nor_state(tied: tuple[Case, Model]) -> Non
 def test_everything_stays_in_the_weights_dtype(dtype: str) -> None:
     case = Case(TIED)
     source = case.open()
-    model = source.build(dtype, lambda done, total: None)
+    model = source.build(LoadOptions(dtype), lambda done, total: None)
     prompt = source.processor(case.messages("one_wide"))
     features = model.encode_images(prompt.images)
     inputs = model.embed_prompt(prompt, features)
