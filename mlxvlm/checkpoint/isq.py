@@ -68,8 +68,8 @@ def make_plan(model: VisionLanguageModel, recipe: Recipe) -> Plan:
 
 
 def _left_line(kind: str, width: int, paths: Sequence[str]) -> str:
-    others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    return f"not quantised: {min(paths)}{others}, as no group of {kind} divides their {width} inputs"
+    others = f" and {len(paths) - 1} more" if paths[1:] else ""
+    return f"not quantised: {min(paths)}{others}, as no group of {kind} divides {width} inputs"
 
 
 def _wanted(path: str, module: Any, model: VisionLanguageModel, recipe: Recipe) -> QuantSpec | None:
