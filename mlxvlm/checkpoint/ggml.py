@@ -4,7 +4,7 @@ Every quantised type is read as unsigned codes in groups of equal scale: value =
 scale * code + minimum. MLX computes scale * code + bias, with bias = -scale * offset or the minimum. In float32 all
 those products are exact (a float16 scale, at most 6 bits of sub-scale, at most 8 bits of code: 24 bits), so the one
 addition rounds as ggml's does, fused or not: equal values, though a zero may lose its sign. Q8K's scale has 24 bits
-already: its codes and scale are kept exactly, and MLX's float32 values differ by 2**-16 of a scale at most (fused
+already: its codes and scale are kept exactly, and MLX's float32 values differ by 2**-15 of a scale at most (fused
 multiply-add: not at all).
 
 Source: the block structs of ggml-common.h and the dequantize_row functions of ggml-quants.c.

@@ -81,9 +81,7 @@ class GGUFFile:
         metadata, tensors = header.read()
         if _integer(path, metadata, "split.count", 1) not in (0, len(self.parts)):
             count = metadata["split.count"]
-            raise WeightsError(
-                f"{path} is one of {count} parts; the first's name must end in -00001-of-{count:05}.gguf"
-            )
+            raise WeightsError(f"{path} is one of {count} parts; its name must be as ...-00001-of-{count:05}.gguf")
         if _integer(path, metadata, "split.no", number) != number:
             raise WeightsError(f"{path} is part {metadata['split.no']} by its contents, {number} by its name")
         if again := self.tensors.keys() & tensors.keys():
