@@ -355,5 +355,5 @@ def _symmetric(scales: Array, offset: int) -> list[Array]:
 
 def _check_size(data: Bytes, kind: GGMLType, shape: Sequence[int]) -> None:
     expected = nbytes(kind, shape)
-    if data.ndim != 1 or data.dtype != np.uint8 or data.size != expected:
-        raise WeightsError(f"has {data.nbytes} bytes where {kind.name} of shape {list(shape)} needs {expected}")
+    if data.size != expected:
+        raise WeightsError(f"has {data.size} bytes where {kind.name} of shape {list(shape)} needs {expected}")

@@ -163,6 +163,15 @@ def part_of(number: int, total: int, name: str) -> bytes:
     return file_of(entries, [tensor(name)], 32)
 
 
+def test_counts_of_parts_may_be_missing_or_those_of_a_merged_file(tmp_path):
+    merged = entry("split.count", U32, bytes(4))
+    assert opened(tmp_path, file_of([merged])).metadata == {"split.count": 0}
+    (tmp_path / "a-00002-of-00002.gguf").write_bytes(file_of([], [tensor("b")], 32))
+    assert set(opened(tmp_path, file_of([], [tensor("a")], 32), "a-00001-of-00002.gguf").tensors) == {"a", "b"}
+    with pytest.raises(WeightsError, match="is one of 3 parts"):
+        opened(tmp_path, file_of([entry("split.count", U32, struct.pack("<I", 3))]), "a-00001-of-00002.gguf")
+
+
 def test_tensors_of_all_parts_are_counted(tmp_path):
     (tmp_path / "a-00002-of-00002.gguf").write_bytes(part_of(1, 3, "b"))
     with pytest.raises(WeightsError, match="have 2 tensors, 3 are announced"):
@@ -197,7 +206,7 @@ def nested(depth: int) -> bytes:
 
 HUGE = (1 << 64) - 1
 BAD: list[tuple[bytes, str]] = [
-    (b"", "is no GGUF file"),
+    (b"", "is no GGUF file: it is empty"),
     (b"GGUF", "header goes on behind its end"),
     (b"PK\x03\x04" + bytes(60), "is no GGUF file"),
     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
@@ -206,6 +215,8 @@ BAD: list[tuple[bytes, str]] = [
     (file_of(version=3 << 24), "is big-endian"),
     (b"GGUF" + struct.pack("<IQQ", 3, HUGE, 0), "header goes on"),
     (b"GGUF" + struct.pack("<IQQ", 3, 0, HUGE), "header goes on"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 9, 1) + entry("k", 99, bytes(64)), "header goes on"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 99) + entry("k", 99, bytes(64)), "header goes on"),
     (file_of([struct.pack("<Q", HUGE) + b"key"]) + bytes(20), "header goes on"),
     (file_of([entry("k", STRING, struct.pack("<Q", 1 << 40))]), "header goes on"),
     (file_of([entry("k", ARRAY, array(U32, 1 << 62))]), "header goes on"),
@@ -213,8 +224,7 @@ BAD: list[tuple[bytes, str]] = [
     (file_of([entry("k", ARRAY, array(STRING, 2, text("x") + struct.pack("<Q", HUGE)))]), "header goes on"),
     (file_of([entry("k", ARRAY, array(STRING, 2, text(b"x" * 8)))]), "header goes on"),
     (file_of([entry("k", ARRAY, array(ARRAY, 1 << 40))]), "header goes on"),
-    (file_of([entry("k", ARRAY, array(13, 1 << 40))]), "header goes on"),
-    (file_of([entry("k", ARRAY, array(13, 1, bytes(8)))]), "no value has the type 13"),
+    (file_of([entry("k", ARRAY, array(13, 1 << 40))]), "no value has the type 13"),
     (file_of([entry("k", 99, bytes(8))]), "no value has the type 99"),
     (file_of([entry("k", ARRAY, nested(4))]), "nested too deeply"),
     (file_of([entry("k", U32, bytes(4))] * 2), "has the key 'k' twice"),
@@ -230,6 +240,7 @@ BAD: list[tuple[bytes, str]] = [
     (file_of([], [tensor("t", (8,), 12)], 64), "'t': shape .* does not fit Q4K"),
     (file_of([], [tensor("t", (8,), offset=4)], 64), "does not start at a multiple of 32"),
     (file_of([], [tensor("t", (9,))], 32), "is cut off: 't' ends after the file"),
+    (file_of([], [tensor("t")], 31), "is cut off: 't' ends after the file"),
     (file_of([], [tensor("t", (HUGE,) * 4)], 32), "is cut off: 't' ends"),
     (file_of([], [tensor("t", offset=1 << 63)], 32), "is cut off: 't' ends"),
     (file_of([], [tensor("a", (9,)), tensor("b", offset=32)], 96), "'a' and 'b' overlap"),

@@ -25,8 +25,9 @@ def test_codes_are_one_little_endian_stream_of_bits(bits):
 
 
 def test_codes_that_fill_no_whole_word_are_refused():
-    with pytest.raises(ValueError, match="no whole words"):
-        pack_codes(np.zeros((1, 3), np.uint8), 4)
+    for count, bits in ((3, 4), (8, 5), (4, 8)):
+        with pytest.raises(ValueError, match="no whole words"):
+            pack_codes(np.zeros((1, count), np.uint8), bits)
 
 
 def test_a_packed_weight_names_its_tensors():
