@@ -315,15 +315,16 @@ def repack(data: Bytes, kind: GGMLType, shape: Sequence[int]) -> Packed | None:
     layout = _QUANTISED.get(kind)
     if layout is None or layout.group < _SMALLEST_MLX_GROUP or len(shape) < 2:
         return None
-    words = np.empty((data.size // layout.struct.itemsize, layout.elements * layout.bits // 32), np.uint32)
-    scales, minima = [], []
-    for part, (codes, scale, minimum) in _slabs(data, layout):
+    count, groups = data.size // layout.struct.itemsize, layout.elements // layout.group
+    words = np.empty((count, layout.elements * layout.bits // 32), np.uint32)
+    parts: list[Array] = []
+    for part, (codes, *numbers) in _slabs(data, layout):
         words[part] = pack_codes(codes.reshape(len(codes), -1), layout.bits)
-        scales.append(np.repeat(scale, layout.elements // layout.group // scale.shape[1], axis=1))
-        if minimum is not None:
-            minima.append(minimum)
-    parts: list[Array] = [np.concatenate(numbers) for numbers in (scales, minima) if numbers]
-    if layout.mode == "affine" and not minima:
+        given = [number for number in numbers if number is not None]
+        parts = parts or [np.empty((count, groups), number.dtype) for number in given]
+        for whole, number in zip(parts, given, strict=True):
+            whole[part] = number
+    if layout.mode == "affine" and len(parts) == 1:
         parts = _symmetric(parts[0], layout.offset)
     rows = [part.reshape(*shape[:-1], -1) for part in (words, *parts)]
     return Packed(

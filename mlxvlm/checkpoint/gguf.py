@@ -167,7 +167,7 @@ class _Header:
         """Metadata and tensors by name."""
         if not self._size:
             self._fail("is no GGUF file: it is empty")
-        with mmap.mmap(self._stream.fileno(), self._size, access=mmap.ACCESS_READ) as self._map:
+        with self._mapped() as self._map:
             self._check_start()
             tensor_count, value_count = self._number(_U64), self._number(_U64)
             self._room(value_count * _LEAST_VALUE + tensor_count * _LEAST_TENSOR)
@@ -181,6 +181,12 @@ class _Header:
             if alignment < 1 or alignment & (alignment - 1):
                 self._fail(f"has an alignment of {alignment}, which is no power of two")
             return metadata, self._tensors(tensor_count, alignment)
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(self._stream.fileno(), self._size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # a file system without maps; a file that has shrunk meanwhile
+            raise ModelError(f"{self._path} can't be mapped into memory: {error}") from error
 
     def _check_start(self) -> None:
         if self._map[: len(_MAGIC)] != _MAGIC:

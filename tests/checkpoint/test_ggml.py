@@ -179,8 +179,7 @@ def test_memory_is_the_result_and_a_little(kind):
     tracemalloc.stop()
     assert packed is not None
     scales = packed.scales.nbytes + packed.biases.nbytes
-    # Slabs of scales and the whole are there together for a moment.
-    assert peak < packed.weight.nbytes + 2.5 * scales + (8 << 20)
+    assert peak < packed.weight.nbytes + scales + (6 << 20)
 
 
 def test_plain_types():

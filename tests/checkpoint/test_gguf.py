@@ -278,6 +278,15 @@ def test_files_that_are_not_there_or_shrink(tmp_path):
         file.bytes("t")
 
 
+def test_file_systems_without_maps_are_an_error(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(reader.mmap, "mmap", refuse)
+    with pytest.raises(ModelError, match=r"a.gguf can't be mapped into memory: .*No such device"):
+        opened(tmp_path, SOUND)
+
+
 def test_a_header_has_a_limit(tmp_path, monkeypatch):
     content = file_of([entry("k", ARRAY, array(0, 1 << 20, bytes(1 << 20)))])
     assert opened(tmp_path, content).metadata["k"].size == 1 << 20
