@@ -1,0 +1,48 @@
+"""Sizes of pictures that processors must take, and exact arithmetic beside their floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mlxvlm.messages import user
+from mlxvlm.processors.base import Processor, Prompt
+
+SIDES = st.integers(1, 5000)
+EXTREMES = ((1, 1), (1, 5000), (5000, 1), (37, 5000), (5000, 37), (5000, 5000), (2, 3), (1080, 1920), (4032, 3024))
+MAX_PIXELS = 40_000  # of pictures that are really made
+FLOAT32_NOISE = Fraction(1, 1000)  # pixels; sides of 5000 have 6e-4 in float32
+
+
+def any_size(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a test of (height, width) over random sizes and the extremes."""
+    for height, width in EXTREMES:
+        test = example(height=height, width=width)(test)
+    return given(height=SIDES, width=SIDES)(test)
+
+
+@st.composite
+def thin_sizes(draw: st.DrawFn) -> tuple[int, int]:
+    """(height, width), either long, of pictures that are made in no time."""
+    long = draw(SIDES)
+    short = draw(st.integers(1, max(1, min(long, MAX_PIXELS // long))))
+    return (long, short) if draw(st.booleans()) else (short, long)
+
+
+def floors(exact: Fraction, noise: Fraction = Fraction(0)) -> set[int]:
+    """What a float's floor may be: the exact one, and both neighbours of a whole number that rounding may miss."""
+    nearest = round(exact)
+    return {nearest - 1, nearest} if abs(exact - nearest) <= noise else {math.floor(exact)}
+
+
+def ceilings(exact: Fraction) -> set[int]:
+    return {exact.numerator, exact.numerator + 1} if exact.denominator == 1 else {math.ceil(exact)}
+
+
+def prompt_of(processor: Processor, images: list[Any]) -> Prompt:
+    return processor([user("Look.", images)])
