@@ -15,13 +15,15 @@ from mlxvlm.processors.base import Processor, Prompt
 
 SIDES = st.integers(1, 5000)
 EXTREMES = ((1, 1), (1, 5000), (5000, 1), (37, 5000), (5000, 37), (5000, 5000), (2, 3), (1080, 1920), (4032, 3024))
+# Where a side is a whole number of tiles, an area a whole budget, or a fraction is dropped before a tile is counted.
+EDGES = ((560, 560), (1120, 300), (24, 48), (336, 672), (20, 60), (900, 1110), (4, 7), (7, 4))
 MAX_PIXELS = 40_000  # of pictures that are really made
 FLOAT32_NOISE = Fraction(1, 1000)  # pixels; sides of 5000 have 6e-4 in float32
 
 
 def any_size(test: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a test of (height, width) over random sizes and the extremes."""
-    for height, width in EXTREMES:
+    for height, width in EXTREMES + EDGES:
         test = example(height=height, width=width)(test)
     return given(height=SIDES, width=SIDES)(test)
 

@@ -212,7 +212,7 @@ class TestIdefics3:
     """`get_resize_output_image_size`, `resize_for_vision_encoder`, `Idefics3Processor`."""
 
     @any_size
-    @pytest.mark.parametrize(("longest", "tile"), [(1456, 364), (2048, 512), (1536, 384), (48, 16)])
+    @pytest.mark.parametrize(("longest", "tile"), [(1456, 364), (2048, 512), (1536, 384), (48, 16), (100, 16)])
     def test_sizes(self, height: int, width: int, longest: int, tile: int) -> None:
         found = idefics3.scaled_size(height, width, longest)
         long, short = (1, 0) if width >= height else (0, 1)
