@@ -26,6 +26,7 @@ import goldens_llama4
 import goldens_llava
 import goldens_llava_tables
 import goldens_mllama
+import goldens_names
 import goldens_qwen2_vl
 import goldens_tables
 import torch
@@ -137,7 +138,7 @@ def main() -> int:
     if not options.case:
         import goldens_llama4_sizes  # needs torchvision, which single cases of other families do not
 
-        for module in (goldens_tables, goldens_llama4_sizes, goldens_llava_tables, *FAMILIES):
+        for module in (goldens_tables, goldens_llama4_sizes, goldens_llava_tables, goldens_names, *FAMILIES):
             if hasattr(module, "write_tables"):
                 module.write_tables(options.out)
     return 0
