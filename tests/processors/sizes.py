@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxvlm.messages import user
@@ -25,7 +25,7 @@ def any_size(test: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a test of (height, width) over random sizes and the extremes."""
     for height, width in EXTREMES + EDGES:
         test = example(height=height, width=width)(test)
-    return given(height=SIDES, width=SIDES)(test)
+    return settings(deadline=None)(given(height=SIDES, width=SIDES)(test))
 
 
 @st.composite
@@ -34,6 +34,12 @@ def thin_sizes(draw: st.DrawFn) -> tuple[int, int]:
     long = draw(SIDES)
     short = draw(st.integers(1, max(1, min(long, MAX_PIXELS // long))))
     return (long, short) if draw(st.booleans()) else (short, long)
+
+
+def any_pictures(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a test of `sizes`, those of the pictures of one turn, over random ones and the extremes."""
+    test = example(sizes=[(1, 1), (37, 5000), (5000, 37)])(test)
+    return settings(deadline=None)(given(sizes=st.lists(thin_sizes(), min_size=1, max_size=4))(test))
 
 
 def floors(exact: Fraction, noise: Fraction = Fraction(0)) -> set[int]:
