@@ -64,8 +64,8 @@ class Config:
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
         text = config.get("text_config")
         return cls(
-            # The reference's own default text config has another eps than a partial one.
-            text=DecoderConfig.from_dict(text or {"rms_norm_eps": 1e-5}),
+            # The reference's own default text config has another eps than a partial one, be it empty.
+            text=DecoderConfig.from_dict({"rms_norm_eps": 1e-5} if text is None else text),
             vision=VisionConfig.from_dict(config.get("vision_config") or {}, VISION_DEFAULTS),
             image_token_id=config.get("image_token_id", 128257),
             scale_factor=config.get("scale_factor", 2),

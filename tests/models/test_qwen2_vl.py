@@ -66,9 +66,12 @@ def test_positions_are_the_references(entry: dict[str, Any]) -> None:
     assert delta == entry["delta"]
 
 
-@given(st.lists(st.tuples(st.integers(1, 4), st.tuples(st.integers(1, 5), st.integers(1, 5))), min_size=1, max_size=4))
-def test_positions_equal_the_slow_twin(pairs: list[tuple[int, tuple[int, int]]]) -> None:
-    layout = [run for pair in pairs for run in pair] + [3]
+TEXTS = st.integers(1, 9)
+GRIDS = st.tuples(st.integers(1, 30), st.integers(1, 30)) | st.sampled_from([(1, 180), (180, 1)])
+
+
+@given(st.lists(TEXTS | GRIDS, min_size=1, max_size=9))
+def test_positions_equal_the_slow_twin(layout: list[Any]) -> None:
     positions, delta = mrope_positions(prompt_of(layout), MERGE)
     assert (positions.tolist(), delta) == slow_positions(layout)
     assert positions.dtype == np.int32
