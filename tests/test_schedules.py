@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine import kv_cache
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.params import SamplingParams
@@ -115,7 +116,7 @@ def opened(case: Case) -> Iterator[Setting]:
     watched: list[Watched] = []
 
     def build(progress: Any) -> VisionLanguageModel:
-        watched.append(Watched(source.build("float32", progress)))
+        watched.append(Watched(source.build(LoadOptions("float32"), progress)))
         return watched[0]
 
     prompts = {scenario: source.processor(case.messages(scenario), case.template) for scenario in case.scenarios}

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from tests.golden import GOLDENS, Case, cases
 
@@ -78,7 +79,7 @@ def reference_logits(case: Case, scenarios: list[str], dtype: torch.dtype) -> Lo
 
 def our_logits(case: Case, scenarios: list[str]) -> Logits:
     source = case.open()
-    model, found = source.build("bfloat16", lambda done, total: None), []
+    model, found = source.build(LoadOptions("bfloat16"), lambda done, total: None), []
     for scenario in scenarios:
         prompt = source.processor(case.messages(scenario), case.template)
         if not case.is_resampled_by_pillow:
