@@ -11,12 +11,18 @@ from tests.golden import GOLDENS, cases
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=Path, action="append", default=[], help="more folders of golden cases")
+    parser.addoption("--uqff", type=Path, help="a folder of UQFF vectors, one folder a type, see test_uqff_vectors.py")
+    parser.addoption("--mistralrs", type=Path, help="the Python of an environment with mistralrs 0.9.5")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         found = [case for root in [GOLDENS, *metafunc.config.getoption("--parity")] for case in cases(root)]
         metafunc.parametrize("case", found, ids=lambda case: case.name, scope="module")
+    if "vector" in metafunc.fixturenames:
+        root = metafunc.config.getoption("--uqff")
+        folders = sorted(path.parent for path in root.glob("*/expected.json")) if root else []
+        metafunc.parametrize("vector", folders, ids=lambda folder: folder.name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
