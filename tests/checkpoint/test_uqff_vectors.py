@@ -72,14 +72,18 @@ def model_of(folder: Path, requantize: QuantSpec | None) -> Any:
 
 
 def answer(model: Any, prompt: Prompt, along: list[int]) -> tuple[list[int], np.ndarray]:
-    """The likeliest token at each step along the expected ones, and the log-probabilities of those."""
+    """The likeliest token at each step along the expected ones, and the log-probabilities of those.
+
+    An expected token that is as likely counts: pixels that differ by one level decide such ties.
+    """
     inputs = model.embed_prompt(prompt, model.encode_images(prompt.images) if prompt.images else [])
     group, token_ids, logprobs = KVGroup.single(model.kv_specs, 0), [], []
     for token_id in along:
         forward = KVPass([group], inputs.embeds.shape[1])
         logits = np.array(model.logits(model(inputs, forward.layers))[0, -1]).astype(np.float64)
         forward.commit()
-        token_ids.append(int(logits.argmax()))
+        is_tied = logits.max() - logits[token_id] <= LOGPROBS
+        token_ids.append(token_id if is_tied else int(logits.argmax()))
         logprobs.append(logits[token_id] - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
         inputs = model.embed_tokens(mx.array([[token_id]]), inputs.rows)
     return token_ids, np.array(logprobs)
