@@ -11,7 +11,7 @@ from mlxvlm.checkpoint.container import Tensor
 from mlxvlm.checkpoint.conversion import Conversion
 from mlxvlm.checkpoint.uqff_layers import Parts, add
 from mlxvlm.errors import UnsupportedModelError, WeightsError
-from tests.checkpoint.uqff_samples import FORMATS, STACKED, Sample, Stored, fp8, stored, u8, u32
+from tests.checkpoint.uqff_samples import FORMATS, STACKED, Sample, Stored, fp8, mxfp4, stored, u8, u32
 
 WIDTH = 256
 
@@ -22,7 +22,9 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def parts_of(tensors: dict[str, Stored]) -> Parts:
     names = {name: name.removeprefix("weight").removeprefix(".") for name in tensors}
-    return {names[name]: Tensor(kind, shape, np.frombuffer(raw, np.uint8)) for name, (kind, shape, raw) in tensors.items()}
+    return {
+        names[name]: Tensor(kind, shape, np.frombuffer(raw, np.uint8)) for name, (kind, shape, raw) in tensors.items()
+    }
 
 
 def converted(sample: Sample) -> Conversion:
@@ -39,9 +41,7 @@ def dequantised(weights: dict[str, mx.array], width: int) -> np.ndarray:
     scales, biases = weights["a.b.scales"], weights.get("a.b.biases")
     if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    full = mx.dequantize(
-        weights["a.b.weight"], scales, biases, spec.group_size, spec.bits, spec.mode, dtype=mx.float32
-    )
+    full = mx.dequantize(weights["a.b.weight"], scales, biases, spec.group_size, spec.bits, spec.mode, dtype=mx.float32)
     return np.array(full * weights.get("a.b.output_scale", mx.array(1.0)))
 
 
@@ -82,7 +82,9 @@ def test_stacks_that_no_writer_makes(kind: str) -> None:
         tensors["weight"] = (tensors["weight"][0], (1, 2, 64), tensors["weight"][2])
     else:
         tensors["weight.shape"] = u32(1, 2, 64)
-    with pytest.raises(WeightsError, match=f"3 dimensions, which {kind[:3].upper() if kind == 'hqq4' else kind.upper()}"):
+    with pytest.raises(
+        WeightsError, match=f"3 dimensions, which {kind[:3].upper() if kind == 'hqq4' else kind.upper()}"
+    ):
         add(Conversion(), "a", parts_of(tensors))
 
 
@@ -147,6 +149,11 @@ def test_what_does_not_fit_is_refused(kind: str, changes: dict[str, Stored | Non
     with pytest.raises((WeightsError, UnsupportedModelError), match=words) as caught:
         add(Conversion(), "a", parts_of({name: tensor for name, tensor in tensors.items() if tensor is not None}))
     assert "\n" not in str(caught.value)
+
+
+def test_mxfp4_of_every_exponent() -> None:
+    sample = mxfp4(1, 252)(rng(), (64, WIDTH))
+    assert np.array_equal(dequantised(converted(sample).weights, WIDTH), sample.values)
 
 
 def test_fp8_keeps_its_scale_outside() -> None:

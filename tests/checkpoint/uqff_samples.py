@@ -170,15 +170,20 @@ def f8q8(rng: np.random.Generator, shape: tuple[int, ...]) -> Sample:
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def mxfp4(rng: np.random.Generator, shape: tuple[int, ...]) -> Sample:
-    *lead, width = shape
-    codes = rng.integers(0, 16, shape, np.uint8)
-    scales = rng.integers(1, 253, (*lead, width // 32), np.uint8)
-    numbers = np.array([(-1 if code & 8 else 1) * E2M1[code & 7] for code in range(16)], np.float64)
-    values = numbers[codes] * np.repeat(2.0 ** (scales.astype(np.float64) - 127), 32, axis=-1)
-    packed = codes[..., 0::2] | codes[..., 1::2] << 4
-    parts = {"weight": stored(packed), "weight.format": u8(6), "weight.scales": stored(scales)}
-    return Sample(parts, values.astype(np.float32))
+def mxfp4(low: int, high: int) -> Callable[[np.random.Generator, tuple[int, ...]], Sample]:
+    """Scale bytes from `low` to `high`."""
+
+    def make(rng: np.random.Generator, shape: tuple[int, ...]) -> Sample:
+        *lead, width = shape
+        codes = rng.integers(0, 16, shape, np.uint8)
+        scales = rng.integers(low, high, (*lead, width // 32), np.uint8, endpoint=True)
+        numbers = np.array([(-1 if code & 8 else 1) * E2M1[code & 7] for code in range(16)], np.float64)
+        values = numbers[codes] * np.repeat(2.0 ** (scales.astype(np.float64) - 127), 32, axis=-1)
+        packed = codes[..., 0::2] | codes[..., 1::2] << 4
+        parts = {"weight": stored(packed), "weight.format": u8(6), "weight.scales": stored(scales)}
+        return Sample(parts, values.astype(np.float32))
+
+    return make
 
 
 FORMATS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Sample]] = {
@@ -194,6 +199,6 @@ FORMATS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Sample]] = {
     "afq4_bf16": afq(4, 64, mx.bfloat16),
     "afq4_f16": afq(4, 128, mx.float16),
     "f8q8": f8q8,
-    "mxfp4": mxfp4,
+    "mxfp4": mxfp4(120, 126),
 }
 STACKED = ("unquant", "gguf_f32", "q4_0", "afq4", "mxfp4")
