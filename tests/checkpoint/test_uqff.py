@@ -129,7 +129,7 @@ class TestVersions:
         assert "a.b.scales" in uqff.read(small(tmp_path, uqff__version__minor=u32(minor)), tmp_path).weights
 
     def test_no_version(self, tmp_path: Path) -> None:
-        with pytest.raises(WeightsError, match="is no UQFF file, or its first shard is missing: no uqff.version.patch"):
+        with pytest.raises(WeightsError, match=r"its first shard is missing: no uqff\.version\.patch"):
             uqff.read(small(tmp_path, uqff__version__patch=None), tmp_path)
 
 
@@ -166,7 +166,7 @@ class TestResidual:
         files = small(tmp_path)
         (tmp_path / "residual.safetensors").unlink()
         assert not uqff.has_residual(files)
-        with pytest.raises(WeightsError, match="lacks residual.safetensors"):
+        with pytest.raises(WeightsError, match=r"lacks residual\.safetensors"):
             uqff.read(files, tmp_path)
 
     def test_beside_the_files(self, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""UQFF layers made of random codes, each with its exact values: an independent writer, and the slow twin of the reader."""
+"""UQFF layers made of random codes, each with its exact values: an independent writer, the slow twin of the reader."""
 
 from __future__ import annotations
 
