@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("vector", folders, ids=lambda folder: folder.name)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.fixture
+def mistralrs_python(pytestconfig: pytest.Config) -> Path:
+    """The Python that can import mistralrs."""
+    return pytestconfig.getoption("--mistralrs") or Path(sys.executable)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--mistralrs") and find_spec("mistralrs") is None:
+        for item in items:
+            if item.get_closest_marker("peers"):
+                item.add_marker(pytest.mark.skip(reason="needs mistralrs"))
     from mlxvlm.engine.device import is_gpu
 
     if is_gpu():

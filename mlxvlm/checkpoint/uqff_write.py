@@ -1,12 +1,14 @@
 """MLX's quantised weights -> a folder in UQFF 1.2 that mistral.rs 0.9 loads. Knows the files, not who quantised.
 
-AFQ is MLX's own affine layout, so those layers go out bit for bit. What UQFF has no type for is written unquantised.
+AFQ is MLX's own affine layout, so those layers go out bit for bit. What UQFF has no type for, and modules that
+mistral.rs never takes quantised, are written unquantised.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,6 +43,10 @@ _DTYPES = {
     mx.int32: "I32",
     mx.int64: "I64",
 }
+# What mistral.rs looks for in the shards; projectors and positions it reads from the residual alone.
+_LAYERS = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_tokens|router|fc[12]|(?:[qkvo]|out|gate|up|down)_proj|attn\.(?:qkv|proj))$"
+)
 _Q5_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "<u4"), ("qs", "u1", BLOCK // 2)])
 
 
@@ -99,24 +105,31 @@ def checkpoint_names(model: VisionLanguageModel, weights: Mapping[str, mx.array]
 
 def _write_shards(folder: Path, stem: str, tensors: dict[str, mx.array], specs: Mapping[str, QuantSpec]) -> list[str]:
     """Emptied of the quantised modules, `tensors` is the residual."""
-    version = [_numbers(f"uqff.version.{part}", "U32", number) for part, number in _VERSION.items()]
-    shards = [version]
+    shards: list[list[_Item]] = [[]]
     for path in sorted(specs):
+        _check(path, tensors, specs[path])
+        if not _LAYERS.search(path):
+            _dequantise(path, tensors, specs[path])
+            continue
         layer = list(_layer(path, tensors, specs[path]))
-        if sum(item.size for item in (*shards[-1], *layer)) > SHARD_BYTES and shards[-1] != version:
+        if shards[-1] and sum(item.size for item in (*shards[-1], *layer)) > SHARD_BYTES:
             shards.append([])
         shards[-1] += layer
+    shards[0] += [_numbers(f"uqff.version.{part}", "U32", number) for part, number in _VERSION.items()]
     names = [f"{stem}-{number}{SUFFIX}" for number in range(len(shards))]
     for name, items in zip(names, shards, strict=True):
         _write_file(folder / name, items)
     return names
 
 
-def _layer(path: str, tensors: dict[str, mx.array], spec: QuantSpec) -> Iterator[_Item]:
+def _check(path: str, tensors: Mapping[str, mx.array], spec: QuantSpec) -> None:
     missing = [leaf for leaf in _leaves(spec) if f"{path}.{leaf}" not in tensors]
     if missing or f"{path}.{OUTPUT_SCALE}" in tensors:
         reason = f"lacks {', '.join(missing)}" if missing else "was re-packed from another format"
         raise WeightsError(f"{path} {reason}: it can't be written as UQFF")
+
+
+def _layer(path: str, tensors: dict[str, mx.array], spec: QuantSpec) -> Iterator[_Item]:
     if spec.mode == "affine" and spec.bits in AFQ_BITS and spec.group_size in AFQ_GROUPS:
         yield _item(tensors, f"{path}.weight")
         yield from (_item(tensors, f"{path}.{leaf}", f"{path}.weight.{leaf}") for leaf in ("scales", "biases"))
@@ -132,10 +145,14 @@ def _layer(path: str, tensors: dict[str, mx.array], spec: QuantSpec) -> Iterator
         yield from _as_q5_1(path, tensors, spec)
         kind = Format.GGUF
     else:
-        yield _unquantised(path, tensors, spec)
+        _dequantise(path, tensors, spec)
+        yield _item(tensors, f"{path}.weight")
         kind = Format.UNQUANT
     yield _numbers(f"{path}.weight.format", "U8", kind)
     if f"{path}.bias" in tensors:
+        if kind is Format.GGUF:
+            # mistral.rs adds a bias as it is stored: here to float32, elsewhere to the model's type.
+            tensors[f"{path}.bias"] = tensors[f"{path}.bias"].astype(mx.float32)
         yield _item(tensors, f"{path}.bias")
 
 
@@ -202,20 +219,12 @@ def _codes(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     return np.packbits(stream.reshape(-1, bits), axis=1, bitorder="little")[:, 0]
 
 
-def _unquantised(path: str, tensors: dict[str, mx.array], spec: QuantSpec) -> _Item:
-    """In the type of the scales; the float modes' values are bfloat16 numbers."""
-
-    def data() -> bytes:
-        parts = {leaf: tensors.pop(f"{path}.{leaf}") for leaf in _leaves(spec)}
-        full = mx.dequantize(
-            parts["weight"], parts["scales"], parts.get("biases"), spec.group_size, spec.bits, spec.mode
-        )
-        return _raw(full)
-
-    scales = tensors[f"{path}.scales"]
-    *lead, groups = scales.shape
-    dtype = _DTYPES[scales.dtype] if spec.mode == "affine" else "BF16"
-    return _Item(f"{path}.weight", dtype, (*lead, groups * spec.group_size), data)
+def _dequantise(path: str, tensors: dict[str, mx.array], spec: QuantSpec) -> None:
+    """One weight in place of its parts, not evaluated: in the scales' type, of the float modes exactly in bfloat16."""
+    parts = {leaf: tensors.pop(f"{path}.{leaf}") for leaf in _leaves(spec)}
+    tensors[f"{path}.weight"] = mx.dequantize(
+        parts["weight"], parts["scales"], parts.get("biases"), spec.group_size, spec.bits, spec.mode
+    )
 
 
 def _write_file(path: Path, items: Iterable[_Item]) -> None:

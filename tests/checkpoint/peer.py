@@ -33,5 +33,6 @@ def peer_answer(python: Path, folder: Path, files: str, content: str, count: int
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
-    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
+    panics = [line for line in done.stderr.splitlines() if "panicked" in line or "rror" in line]
+    assert lines, "\n".join(panics) or done.stdout[-2000:] + done.stderr[-2000:]
     return [(token, logprob) for token, logprob in json.loads(lines[0].removeprefix("ANSWER"))]
