@@ -268,6 +268,16 @@ class TestOrdersThatDoNotFit:
         with pytest.raises(WeightsError, match=words):
             uqff.read(files, tmp_path)
 
+    def test_an_expert_that_is_missing(self, tmp_path: Path) -> None:
+        config = config_of("llama4")
+        order = ORDERS["llama4-projections"][1]
+        files, _ = write_legacy(tmp_path, config, order)
+        index = next(index for index, path in enumerate(order) if path.endswith("gate_proj#1"))
+        shard = {name: raw for name, raw in read_shard(files[index % 2]) if name != str(index)}
+        write_container(files[index % 2], shard)
+        with pytest.raises(WeightsError, match="the experts are not all there"):
+            uqff.read(files, tmp_path)
+
 
 def read_shard(path: Path) -> Iterator[tuple[str, Stored]]:
     from mlxvlm.checkpoint.container import TensorFile
