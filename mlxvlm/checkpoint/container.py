@@ -56,8 +56,9 @@ class Tensor:
     @property
     def bits(self) -> NDArray[Any]:
         """As NumPy can have it, in its shape: bfloat16 as uint16, E4M3 as uint8."""
-        # Copied: a file's bytes need not be aligned.
-        return np.frombuffer(self.data.tobytes(), _BITS[self.dtype]).reshape(self.shape)
+        # Copied only where it must be: a record's fields need not be aligned.
+        bits: NDArray[Any] = np.require(self.data.view(_BITS[self.dtype]), requirements="A")
+        return bits.reshape(self.shape)
 
     def numbers(self, *dtypes: str) -> list[int]:
         """The integers of a small tensor, of one of `dtypes`."""
