@@ -156,7 +156,10 @@ def placeholder_spans(token_ids: Sequence[int], image_token_id: int, counts: Seq
     """
     positions = [index for index, token in enumerate(token_ids) if token == image_token_id]
     if len(positions) != sum(counts):
-        raise InputError(f"the prompt has {len(positions)} image tokens where its images fill {sum(counts)}")
+        raise InputError(
+            f"the prompt has {len(positions)} image tokens where its images fill {sum(counts)}: "
+            f"the text itself holds the model's image token (id {image_token_id}), remove it"
+        )
     spans = []
     first = 0
     for count in counts:
