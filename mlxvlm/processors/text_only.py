@@ -1,0 +1,33 @@
+"""Models without pictures: messages -> Prompt. A picture is refused, not dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlxvlm.errors import InputError
+from mlxvlm.messages import Message
+from mlxvlm.processors.base import Prompt, check_messages, turn_maker
+from mlxvlm.processors.files import ProcessorFiles
+
+
+class TextProcessor:
+    """Messages to Prompt. Thread-safe: holds settings only."""
+
+    def __init__(self, files: ProcessorFiles) -> None:
+        self.tokenizer = files.tokenizer
+        self.template = files.template()
+        self._make_turn = turn_maker(self.template, "")
+
+    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
+        """Raises InputError or TemplateError."""
+        check_messages(messages)
+        if any(message.images for message in messages):
+            raise InputError("this model reads text only: leave the image out, or give a model with a vision tower")
+        turns = [self._make_turn(message, message.parts) for message in messages]
+        return Prompt(tuple(self.tokenizer.encode_prompt(self.template.render(turns, template))))
+
+
+def build(files: ProcessorFiles) -> TextProcessor:
+    """The entry that families.py points to."""
+    return TextProcessor(files)
