@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from numpy.typing import NDArray
 
+from mlxvlm.checkpoint.ggml import PLAIN, GGMLType, dequantize, plain, repack
 from mlxvlm.checkpoint.packed import Packed, QuantSpec, quantized
 
 # Adds a relative error of 0.005, which shows in nothing below 8 bits.
@@ -37,7 +40,7 @@ class Conversion:
         """The weight of the module at `path`, dequantised to float32 from `source`, a type that MLX can't hold."""
         spec = self._requantize
         array = mx.array(values)
-        if spec is None or values.shape[-1] % spec.group_size:
+        if spec is None or values.ndim < 2 or values.shape[-1] % spec.group_size:
             self._inexact[f"{source} layers dequantised to 16 bits"] += 1
             half = array.astype(mx.float16)
             mx.eval(half)
@@ -46,6 +49,27 @@ class Conversion:
             self._inexact[f"{source} layers re-quantised to {spec.bits}-bit groups of {spec.group_size}"] += 1
             self.weights |= quantized(path, array, spec)
 
+    def ggml(self, path: str, data: NDArray[np.uint8], kind: GGMLType, shape: Sequence[int]) -> None:
+        """The weight [..., out, in] of the module at `path` from uint8 [nbytes]: exact, else inexact; floats as is.
+
+        Raises WeightsError as dequantize does, without naming the tensor.
+        """
+        if kind in PLAIN:
+            self.plain(f"{path}.weight", to_mlx(data, kind, shape))
+        elif packed := repack(data, kind, shape):
+            self.exact(path, packed)
+        else:
+            self.inexact(path, dequantize(data, kind, shape), kind.name)
+
     def notes(self) -> list[str]:
         """A line for each kind of loss."""
         return [f"{count} {kind}: not bit-exact" for kind, count in sorted(self._inexact.items())]
+
+
+def to_mlx(data: NDArray[np.uint8], kind: GGMLType, shape: Sequence[int]) -> mx.array:
+    """uint8 [nbytes] -> the tensor: plain types in their own type, quantised ones and F64 in float32."""
+    if kind is GGMLType.BF16:
+        return mx.array(plain(data, kind, shape)).view(mx.bfloat16)
+    if kind in PLAIN and kind is not GGMLType.F64:
+        return mx.array(plain(data, kind, shape))
+    return mx.array(dequantize(data, kind, shape))

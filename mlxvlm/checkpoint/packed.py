@@ -55,11 +55,15 @@ def quantized(path: str, weight: mx.array, spec: QuantSpec) -> dict[str, mx.arra
 
 
 def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
-    """uint8 codes [..., n] below 2**bits -> uint32 [..., n * bits / 32]; n * bits must be a multiple of 32."""
+    """uint8 codes [..., n] below 2**bits -> uint32 [..., n * bits / 32]; n is a multiple of 8, n * bits one of 32."""
     *lead, count = codes.shape
-    if count * bits % 32:
+    if count * bits % 32 or count % 8:
         raise ValueError(f"{count} codes of {bits} bits fill no whole words")
-    if bits == 8:
-        return np.ascontiguousarray(codes).view("<u4")
-    stream = np.unpackbits(codes[..., None], axis=-1, bitorder="little", count=bits)
-    return np.packbits(stream.reshape(*lead, count * bits), axis=-1, bitorder="little").view("<u4")
+    words = np.ascontiguousarray(codes).view("<u8")
+    # Eight codes in a word move together: neighbours join to pairs, pairs to fours, fours to eight.
+    for step in (0, 1, 2) if bits < 8 else ():
+        low = sum(((1 << (bits << step)) - 1) << start for start in range(0, 64, 16 << step))
+        high = low << (bits << step)
+        words = (words & np.uint64(low)) | ((words >> np.uint64((8 - bits) << step)) & np.uint64(high))
+    stream = words.view(np.uint8).reshape(*lead, count // 8, 8)[..., :bits]
+    return np.ascontiguousarray(stream).reshape(*lead, count * bits // 8).view("<u4")
