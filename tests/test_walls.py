@@ -21,7 +21,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "models": ({"models", "processors.base", "errors"}, {"mlx", "numpy"}),
     "checkpoint": (
-        {"checkpoint", "models.base", "families", "processors.base", "processors.files", "errors"},
+        {"checkpoint", "models.base", "models.repacked", "families", "processors.base", "processors.files", "errors"},
         {"mlx", "numpy", "safetensors", "huggingface_hub", "httpx2"},
     ),
     "engine": ({"engine", "models.base", "processors.base", "messages", "errors"}, {"mlx", "numpy"}),

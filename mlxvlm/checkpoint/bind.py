@@ -14,9 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxvlm.checkpoint.packed import QuantSpec
+from mlxvlm.checkpoint.packed import OUTPUT_SCALE, QuantSpec
 from mlxvlm.errors import UsageError, WeightsError
 from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.models.repacked import repacked
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -35,6 +36,11 @@ def choose_dtype(name: str, weights: Mapping[str, mx.array]) -> mx.Dtype:
         raise UsageError(f"dtype {name!r} is unknown; choose auto, {', '.join(DTYPES)}")
     if mx.default_device().type == mx.DeviceType.cpu:
         return mx.float32
+    return stored_dtype(weights)
+
+
+def stored_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
+    """What most of the float tensors are stored in; float16 where there are none."""
     sizes: dict[mx.Dtype, int] = {}
     for array in weights.values():
         if array.dtype in DTYPES.values():
@@ -52,10 +58,11 @@ def bind(model: VisionLanguageModel, weights: dict[str, mx.array], dtype: str, p
     named = model.sanitize(weights)
     weights.clear()
     expected = fit(model, named)
-    total = sum(expected_bytes(array, target) for array in named.values())
+    dtypes = {name: _bound_dtype(name, named, target) for name in expected}
+    total = sum(expected_bytes(array, dtypes[name]) for name, array in named.items())
     done = 0
     for name in expected:
-        array = _cast(named.pop(name), target)
+        array = _cast(named.pop(name), dtypes[name])
         _assign(model, name, array)
         try:
             mx.eval(array)
@@ -70,7 +77,7 @@ def bind(model: VisionLanguageModel, weights: dict[str, mx.array], dtype: str, p
 def fit(model: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The model's parameters by name, its modules quantised as the sanitised weights are.
 
-    Raises WeightsError with every missing, extra or wrongly shaped name. Evaluates nothing.
+    Raises WeightsError with every missing, extra or wrongly shaped name. Evaluates nothing but output scales.
     """
     quantize_modules(model, weights)
     expected = dict(tree_flatten(model.parameters()))
@@ -96,6 +103,9 @@ def quantize_modules(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
             problems.append(str(error))
             continue
         quantised = module.to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+        factor = weights.get(f"{path}.{OUTPUT_SCALE}")
+        if factor is not None:
+            quantised = repacked(quantised, is_scaled=factor.size != 1 or factor.item() != 1)
         replaced.append((path, quantised))
     if problems:
         raise WeightsError("; ".join(sorted(problems)))
@@ -126,6 +136,13 @@ def expected_bytes(array: mx.array, dtype: mx.Dtype) -> int:
 
 def _kind(array: mx.array) -> str:
     return "float" if array.dtype in DTYPES.values() else str(array.dtype).removeprefix("mlx.core.")
+
+
+def _bound_dtype(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.Dtype:
+    """`dtype`, but for the parts of re-packed modules that it would round."""
+    path, _, leaf = name.rpartition(".")
+    is_exact = leaf in (OUTPUT_SCALE, "scales", "biases") and f"{path}.{OUTPUT_SCALE}" in weights
+    return mx.float32 if is_exact and weights[name].dtype != dtype else dtype
 
 
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -25,6 +25,7 @@ class Conversion:
 
     def __init__(self, requantize: QuantSpec | None = REQUANTIZED) -> None:
         self.weights: dict[str, mx.array] = {}
+        self.dtype: mx.Dtype | None = None  # of what the source did not quantise, where that is known
         self._requantize = requantize
         self._inexact: Counter[str] = Counter()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlxvlm.processors.files import read_json
 
 DEMO = "demo"  # the model that ships inside the package
 INDEX = "model.safetensors.index.json"
-_SMALL_FILES = ["*.json", "*.jinja"]
+SMALL_FILES = ["*.json", "*.jinja"]
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # An index comes with the checkpoint: a name must not lead out of its folder, be a pattern, or be of another format.
 _SHARD = re.compile(r"[^/\\*?\[\]\x00-\x1f]+\.safetensors")
@@ -54,10 +55,33 @@ def shard_names(index: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def fetch(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The cached folder of a repository, with the files of its top folder that match; raises as resolve() does."""
+    if not _REPOSITORY.fullmatch(repository):
+        raise ModelNotFoundError(f"no such repository: {repository!r} is no id like owner/name")
+    with _hub_errors(repository, revision):
+        from huggingface_hub import snapshot_download
+
+        # Repositories keep other formats in sub-folders (original/, onnx/ ...).
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+    return Path(folder)
+
+
 def _download(repository: str, revision: str | None, weights: bool) -> Path:
     """Only what is needed: the small files first, then the weight files that the index (or the lack of one) names."""
+    folder = fetch(repository, SMALL_FILES, revision)
+    if weights:
+        # The small files once more: should the branch move in between, all must be of one commit.
+        folder = fetch(repository, [*SMALL_FILES, *_weight_patterns(folder)], revision)
+    return folder
+
+
+@contextmanager
+def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+    """huggingface_hub's errors as ours."""
     import httpx2
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -68,17 +92,7 @@ def _download(repository: str, revision: str | None, weights: bool) -> Path:
     )
 
     try:
-        # Repositories keep other formats in sub-folders (original/, onnx/ ...).
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"])
-        )
-        if weights:
-            # The small files once more: should the branch move in between, all must be of one commit.
-            patterns = [*_SMALL_FILES, *_weight_patterns(folder)]
-            folder = Path(
-                snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-            )
-        return folder
+        yield
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"{repository} is gated: accept its terms on its hub page, then run `hf auth login`"

@@ -40,16 +40,23 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     """Every tensor of the folder by name, unread. Raises WeightsError naming a damaged file."""
     weights: dict[str, mx.array] = {}
     for file in weight_files(folder):
-        try:
-            loaded = mx.load(str(file))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise WeightsError(_damage(file, error)) from error
-        assert isinstance(loaded, dict)
-        weights.update(loaded)
+        weights.update(read_file(file))
     return weights
 
 
-def _damage(file: Path, error: Exception) -> str:
+def read_file(file: Path) -> dict[str, mx.array]:
+    """Every tensor of a safetensors file by name, unread. Raises WeightsError naming a damaged file."""
+    try:
+        loaded = mx.load(str(file))
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise WeightsError(damage(file, reason[0])) from error
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def damage(file: Path, reason: str) -> str:
+    """What is wrong with a weight file, and the remedy."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_LFS_POINTER))
@@ -57,5 +64,4 @@ def _damage(file: Path, error: Exception) -> str:
         return f"{file} can't be read: {unreadable.strerror}"
     if start == _LFS_POINTER:
         return f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`"
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{file} is damaged or truncated ({reason[0]}); fetch it again"
+    return f"{file} is damaged or truncated ({reason}); fetch it again"

@@ -46,18 +46,23 @@ class QuantizedExpertLinear(nn.Module):
 
     def __call__(self, rows: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
         """[R, 1, D], uint32 [R] -> [R, 1, out]."""
-        return mx.gather_qmm(
-            rows,
-            self.weight,
-            self.scales,
-            self.get("biases"),
-            rhs_indices=experts,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            sorted_indices=is_sorted,
-        )
+        return expert_matmul(self, rows, experts, is_sorted)
+
+
+def expert_matmul(layer: nn.Module, rows: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
+    """[R, 1, D], uint32 [R] -> [R, 1, out] with a layer's packed weights."""
+    return mx.gather_qmm(
+        rows,
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        rhs_indices=experts,
+        transpose=True,
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        sorted_indices=is_sorted,
+    )
 
 
 class Experts(nn.Module):
