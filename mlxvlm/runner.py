@@ -19,16 +19,19 @@ def load(
     dtype: str = "auto",
     revision: str | None = None,
     chat_template: str | Path | None = None,
+    mmproj: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Engine:
-    """An engine with a model: "demo", a local folder, or a Hugging Face repository id.
+    """An engine with a model: "demo", a local folder, a GGUF file, or a Hugging Face repository id.
 
     dtype: auto (the checkpoint's own on a GPU, float32 on the CPU backend), bfloat16, float16 or float32.
+    mmproj: the GGUF file of a GGUF model's picture half.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
-    template = None if chat_template is None else Path(chat_template)
-    return start(open_model(model, revision=revision, chat_template=template), dtype=dtype, progress=progress)
+    template, half = (None if path is None else Path(path) for path in (chat_template, mmproj))
+    source = open_model(model, revision=revision, chat_template=template, mmproj=half)
+    return start(source, dtype=dtype, progress=progress)
 
 
 def start(source: ModelSource, *, dtype: str = "auto", progress: Progress | None = None) -> Engine:

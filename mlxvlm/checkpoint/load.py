@@ -5,7 +5,7 @@ Source of the defaults' precedence: transformers reads generation_config.json fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +14,9 @@ from mlxvlm.checkpoint.hub import resolve
 from mlxvlm.errors import ModelNotFoundError
 from mlxvlm.families import NONSENSE, Family, family_of, senseless
 from mlxvlm.processors.base import Processor
-from mlxvlm.processors.files import ProcessorFiles, read_json
+from mlxvlm.processors.files import ProcessorFiles, read_json, template_file
 
+_GGUF = ".gguf"
 DEFAULT_CONTEXT = 2048  # LlamaConfig's, where a partial text_config leaves it out
 
 
@@ -59,22 +60,32 @@ class ModelSource:
     processor: Processor
     defaults: GenerationDefaults
     max_context: int
+    read: Callable[[], dict[str, Any]] | None = None  # tensors that don't lie in `folder` as safetensors
 
     def build(self, dtype: str, progress: Any) -> Any:
         """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
         from mlxvlm.checkpoint.bind import bind
         from mlxvlm.checkpoint.weights import read_weights
 
-        weights = read_weights(self.folder)
+        weights = self.read() if self.read else read_weights(self.folder)
         model = self.family.build_model(self.config)
         bind(model, weights, dtype, progress)
         return model
 
 
-def open_model(name: str, *, revision: str | None = None, chat_template: Path | None = None) -> ModelSource:
-    """Finds a model and reads its small files; no MLX is imported yet. Raises ModelError and its kinds."""
+def open_model(
+    name: str, *, revision: str | None = None, chat_template: Path | None = None, mmproj: Path | None = None
+) -> ModelSource:
+    """Finds a model and reads its small files; no MLX is imported yet, but for GGUF files.
+
+    mmproj: the picture half of a GGUF model. Raises ModelError and its kinds.
+    """
+    if mmproj is not None or name.endswith(_GGUF):
+        return _open_gguf(name, Path(name).expanduser(), mmproj, chat_template)
     folder = resolve(name, revision)
     config = read_json(folder / "config.json")
+    if not config and any(folder.glob(f"*{_GGUF}")):
+        return _open_gguf(name, folder, None, chat_template)
     if not config:
         raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
     family = family_of(config)
@@ -87,3 +98,23 @@ def open_model(name: str, *, revision: str | None = None, chat_template: Path | 
     except NONSENSE as error:
         raise senseless(f"a config in {folder}", error) from error
     return ModelSource(name, folder, config, family, processor, defaults, max_context)
+
+
+def _open_gguf(name: str, path: Path, mmproj: Path | None, chat_template: Path | None) -> ModelSource:
+    """A text model's GGUF file, or a folder that holds one and perhaps its mmproj."""
+    from mlxvlm.checkpoint.llama_cpp.load import find, open_gguf
+
+    if path.is_dir():
+        path, found = find(path)
+        mmproj = mmproj or found
+    model = open_gguf(path, mmproj, None if chat_template is None else template_file(chat_template))
+    family = family_of(model.config)
+    try:
+        processor = cast(Processor, family.processor_module().build(model.files))
+        text_config = model.config.get("text_config") or model.config
+        max_context = int(text_config["max_position_embeddings"])
+        defaults = GenerationDefaults.from_configs({}, model.config)
+    except NONSENSE as error:
+        raise senseless(f"the metadata of {path}", error) from error
+    folder = path.parent
+    return ModelSource(name, folder, model.config, family, processor, defaults, max_context, model.weights)

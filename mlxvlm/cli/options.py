@@ -14,15 +14,16 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "fr
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """-m, --revision, --dtype, --chat-template."""
+    """-m, --mmproj, --revision, --dtype, --chat-template."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
         "--model",
         required=True,
         metavar="MODEL",
-        help="`demo` (ships with the package), a local folder, or a Hugging Face repository id",
+        help="`demo` (ships with the package), a local folder, a GGUF file, or a Hugging Face repository id",
     )
+    group.add_argument("--mmproj", type=Path, metavar="FILE", help="the GGUF file of a GGUF model's picture half")
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
     group.add_argument(
         "--dtype",

@@ -67,7 +67,7 @@ def execute(args: argparse.Namespace) -> int:
     from mlxvlm.runner import sampling_defaults, start
 
     messages = _messages(args)
-    source = open_model(args.model, revision=args.revision, chat_template=args.chat_template)
+    source = open_model(args.model, revision=args.revision, chat_template=args.chat_template, mmproj=args.mmproj)
     sampling = sampling_params(args, sampling_defaults(source))
     # Before the weights: a mistyped path should not cost a minute of loading.
     begun = time.perf_counter()

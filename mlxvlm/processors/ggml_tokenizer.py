@@ -64,9 +64,7 @@ _QWEN2 = rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 _SLASHED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT4O = (
-    rf"{_LEAD}{_UPPER}*{_LOWER}+{_SHORT}?|{_LEAD}{_UPPER}+{_LOWER}*{_SHORT}?|\p{{N}}{{1,3}}|{_SLASHED_REST}"
-)
+_GPT4O = rf"{_LEAD}{_UPPER}*{_LOWER}+{_SHORT}?|{_LEAD}{_UPPER}+{_LOWER}*{_SHORT}?|\p{{N}}{{1,3}}|{_SLASHED_REST}"
 _TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASHED_REST}"
 
 _GPT2 = PreTokenizer()
@@ -196,9 +194,7 @@ def score_merges(vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[tuple[s
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, types: Sequence[int], tokens: Sequence[str], special: set[str]
-) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, types: Sequence[int], tokens: Sequence[str], special: set[str]) -> None:
     """Control tokens and the like are found in a text before anything else."""
     added = []
     for index, token in enumerate(tokens):

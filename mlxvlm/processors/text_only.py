@@ -14,6 +14,8 @@ from mlxvlm.processors.files import ProcessorFiles
 class TextProcessor:
     """Messages to Prompt. Thread-safe: holds settings only."""
 
+    image_token_id = -1  # no token's
+
     def __init__(self, files: ProcessorFiles) -> None:
         self.tokenizer = files.tokenizer
         self.template = files.template()

@@ -75,7 +75,7 @@ class Keys:
         value = self.metadata.get(name)
         if value is None and default is not None:
             return list(default)
-        found = self._get(key, (list, tuple, np.ndarray), None)  # type: ignore[arg-type]
+        found = self._get(key, (list, tuple, np.ndarray), None)
         items: list[Any] = found.tolist() if isinstance(found, np.ndarray) else list(found)
         for item in items:
             if not isinstance(item, kinds) or isinstance(item, bool):
@@ -113,5 +113,7 @@ class Keys:
         # Counted in the file: a damaged number must not make us build a billion layers.
         stored = {name[len(stem) :].split(".", 1)[0] for name in self.shapes if name.startswith(stem)}
         if declared != len(stored):
-            raise WeightsError(f"{self.file}: {self.prefix}{key} is {declared}, but it has {len(stored)} layers {stem}*")
+            raise WeightsError(
+                f"{self.file}: {self.prefix}{key} is {declared}, but it has {len(stored)} layers {stem}*"
+            )
         return declared

@@ -118,7 +118,8 @@ LAYOUTS: Mapping[str, Layout] = {
         head="language_model.lm_head.",
         tower=(
             (r"v\.blk\.(\d+)\.ln1\.", r"vision_model.model.layers.\1.input_layernorm."),
-            (r"v\.blk\.(\d+)\.ln2\.", r"vision_model.model.layers.\1.post_attention_layernorm."),
+            # Converters of 2026 give it a name of their own.
+            (r"v\.blk\.(\d+)\.(?:ln2|attn_post_norm)\.", r"vision_model.model.layers.\1.post_attention_layernorm."),
             (r"v\.blk\.(\d+)\.attn_([qkv])\.", r"vision_model.model.layers.\1.self_attn.\2_proj."),
             (r"v\.blk\.(\d+)\.attn_out\.", r"vision_model.model.layers.\1.self_attn.o_proj."),
             (r"v\.blk\.(\d+)\.ffn_up\.", r"vision_model.model.layers.\1.mlp.fc1."),

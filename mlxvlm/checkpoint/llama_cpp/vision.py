@@ -6,6 +6,7 @@ written), the published configs of the models for what is in neither.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,7 +17,6 @@ from mlxvlm.processors.tokenizer import Tokenizer
 
 NEWLINES = ("model.image_newline", "v.image_newline")  # old converters, new ones
 _TILES_A_SIDE = 4  # of Idefics3's and SmolVLM's longest edge, where the file does not say
-_MERGE = 2
 # Pixels of a picture, from Qwen2-VL's published preprocessor_config.json: 4 to 16,384 tokens.
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 16384
 _IMAGE, _IMAGE_PAD, _PATCH = "<image>", "<|image_pad|>", "<|patch|>"
@@ -112,9 +112,12 @@ def tower(keys: Keys) -> dict[str, Any]:
 
 
 def is_swapped(keys: Keys) -> bool:
-    """Whether ffn_up and ffn_down changed names, as old converters had it; told by their shapes, as in llama.cpp."""
+    """Whether ffn_up and ffn_down changed names, as old converters had it; told by their shapes, as in llama.cpp.
+
+    Square ones, which no published tower has, are taken as new converters name them.
+    """
     down, width = keys.shape("v.blk.0.ffn_down.weight", 2), keys.integer("clip.vision.embedding_length")
-    return projector(keys) != "llama4" and down[1] == width
+    return down[1] == width != down[0]
 
 
 def _normalisation(own: Keys) -> dict[str, Any]:
@@ -188,7 +191,8 @@ def _llava_image_token(halves: Halves) -> str:
 def _qwen2_vl(halves: Halves) -> Pictures:
     keys, own, text = halves.keys, halves.own, halves.text
     vision = tower(keys)
-    merge = own.integer("spatial_merge_size", _MERGE)
+    # No key says it: the first layer reads a block of merge x merge patches.
+    merge = math.isqrt(keys.shape("mm.0.weight", 2)[1] // max(vision["hidden_size"], 1))
     config = {
         "model_type": "qwen2_vl",
         "text_config": text,
