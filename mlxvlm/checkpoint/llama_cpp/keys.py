@@ -14,6 +14,7 @@ from mlxvlm.errors import ModelError, WeightsError
 T = TypeVar("T")
 Shape: TypeAlias = tuple[int, ...]  # as NumPy has it, the input dimension last
 
+_LEAST = 1e-30
 _LONGEST_SHOWN = 40  # characters of a wrong value in an error
 
 
@@ -55,10 +56,17 @@ class Keys:
             raise self.wrong(key, value)
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """An integer above 0."""
+        value = self.integer(key, default)
+        if not value:
+            raise self.wrong(key, value)
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
+        """A positive number with a reciprocal in float32."""
         value = self._get(key, (float, int), default)
-        if not math.isfinite(value):
+        if not _LEAST <= value <= 1 / _LEAST:
             raise self.wrong(key, value)
         return float(value)
 

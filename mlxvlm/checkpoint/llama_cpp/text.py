@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxvlm.checkpoint.llama_cpp.keys import Keys
-from mlxvlm.errors import UnsupportedModelError
+from mlxvlm.errors import UnsupportedModelError, WeightsError
 from mlxvlm.processors.ggml_tokenizer import TokenType, Vocabulary
 
 EMBEDDING, HEAD, FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
@@ -83,10 +83,10 @@ def text_config(keys: Keys, factors: NDArray[np.float32] | None) -> dict[str, An
     arch = keys.text("general.architecture")
     own = keys.within(f"{arch}.")
     vocab_size, width = keys.shape(EMBEDDING, 2)
-    heads = own.integer("attention.head_count")
-    if own.integer("embedding_length") != width or not heads:
-        raise own.wrong("embedding_length or attention.head_count", (own.integer("embedding_length"), heads))
-    head_dim = own.integer("attention.key_length", own.integer("rope.dimension_count", width // heads))
+    heads = own.size("attention.head_count")
+    if own.size("embedding_length") != width:
+        raise own.wrong("embedding_length", own.size("embedding_length"))
+    head_dim = own.size("attention.key_length", own.size("rope.dimension_count", width // heads))
     if own.integer("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedModelError(f"{keys.file} turns only a part of each head by RoPE, which is not supported")
     config = {
@@ -95,7 +95,7 @@ def text_config(keys: Keys, factors: NDArray[np.float32] | None) -> dict[str, An
         "intermediate_size": own.integer("feed_forward_length"),
         "num_hidden_layers": own.blocks("block_count", "blk."),
         "num_attention_heads": heads,
-        "num_key_value_heads": own.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": own.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": vocab_size,
         "max_position_embeddings": own.integer("context_length"),
@@ -109,7 +109,21 @@ def text_config(keys: Keys, factors: NDArray[np.float32] | None) -> dict[str, An
         "tie_word_embeddings": HEAD not in keys.shapes,
         "eos_token_id": end_ids(keys),
     }
+    _check_heads(keys, config)
     return config | _experts(own, config)
+
+
+def _check_heads(keys: Keys, config: Mapping[str, Any]) -> None:
+    """Heads against the rows of their projections: a damaged number must not make us order a billion of them."""
+    queries, values = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    fused = "blk.0.attn_qkv.weight"
+    due = {fused: queries + 2 * values}
+    if fused not in keys.shapes:
+        due = {"blk.0.attn_q.weight": queries, "blk.0.attn_k.weight": values}
+    for tensor, rows in due.items():
+        found = keys.shape(tensor, 2)[0]
+        if found != rows:
+            raise WeightsError(f"{keys.file}: {tensor} has {found} rows, the heads of the metadata have {rows}")
 
 
 def _experts(own: Keys, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from mlxvlm.checkpoint.llama_cpp.keys import Keys
-from mlxvlm.errors import ModelError, UnsupportedModelError
+from mlxvlm.errors import ModelError, UnsupportedModelError, WeightsError
 from mlxvlm.processors.tokenizer import Tokenizer
 
 NEWLINES = ("model.image_newline", "v.image_newline")  # old converters, new ones
+_KERNEL, _POSITIONS = "v.patch_embd.weight", "v.position_embd.weight"
+_ANY_SIZE = "qwen2vl_merger"  # the projector of the tower without positions
+_CHANNELS = 3
 _TILES_A_SIDE = 4  # of Idefics3's and SmolVLM's longest edge, where the file does not say
 # Pixels of a picture, from Qwen2-VL's published preprocessor_config.json: 4 to 16,384 tokens.
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 16384
@@ -97,18 +100,34 @@ def pictures(keys: Keys, architecture: str, text: dict[str, Any], tokenizer: Tok
 def tower(keys: Keys) -> dict[str, Any]:
     """What all towers have, under the hub's usual names."""
     own = keys.within("clip.vision.")
-    width = own.integer("embedding_length")
+    width = own.size("embedding_length")
+    side, patch = own.size("image_size"), own.size("patch_size")
+    _check_patches(keys, side // patch, patch)
     # The length in the metadata is 0 or another one in Qwen2-VL's files.
     sides = keys.shape("v.blk.0.ffn_up.weight", 2)
     return {
         "hidden_size": width,
         "intermediate_size": sides[1] if is_swapped(keys) else sides[0],
         "num_hidden_layers": own.blocks("block_count", "v.blk."),
-        "num_attention_heads": own.integer("attention.head_count"),
-        "image_size": own.integer("image_size"),
-        "patch_size": own.integer("patch_size"),
+        "num_attention_heads": own.size("attention.head_count"),
+        "image_size": side,
+        "patch_size": patch,
         "layer_norm_eps": own.number("attention.layer_norm_epsilon"),
     }
+
+
+def _check_patches(keys: Keys, grid: int, patch: int) -> None:
+    """Sizes against the tensors: from damaged numbers processors would make pictures beyond any memory."""
+    stored = keys.shapes.get(_KERNEL, ())
+    pixels = math.prod(stored[2:]) if len(stored) == 4 else stored[-1] // _CHANNELS if len(stored) == 2 else 0
+    if pixels != patch * patch:
+        raise keys.within("clip.vision.").wrong("patch_size", patch)
+    positions = keys.shapes.get(_POSITIONS)
+    # Qwen2-VL has none, or a dummy from old converters, and takes pictures of any size.
+    if projector(keys) != _ANY_SIZE and positions is not None:
+        due = grid * grid + ("v.class_embd" in keys.shapes)
+        if positions[0] != due:
+            raise WeightsError(f"{keys.file}: {_POSITIONS} has {positions[0]} positions, {due} are due")
 
 
 def is_swapped(keys: Keys) -> bool:
@@ -116,7 +135,7 @@ def is_swapped(keys: Keys) -> bool:
 
     Square ones, which no published tower has, are taken as new converters name them.
     """
-    down, width = keys.shape("v.blk.0.ffn_down.weight", 2), keys.integer("clip.vision.embedding_length")
+    down, width = keys.shape("v.blk.0.ffn_down.weight", 2), keys.size("clip.vision.embedding_length")
     return down[1] == width != down[0]
 
 
@@ -192,7 +211,7 @@ def _qwen2_vl(halves: Halves) -> Pictures:
     keys, own, text = halves.keys, halves.own, halves.text
     vision = tower(keys)
     # No key says it: the first layer reads a block of merge x merge patches.
-    merge = math.isqrt(keys.shape("mm.0.weight", 2)[1] // max(vision["hidden_size"], 1))
+    merge = math.isqrt(keys.shape("mm.0.weight", 2)[1] // vision["hidden_size"])
     config = {
         "model_type": "qwen2_vl",
         "text_config": text,
@@ -202,7 +221,7 @@ def _qwen2_vl(halves: Halves) -> Pictures:
             "hidden_size": text["hidden_size"],
             "hidden_act": _act(keys),
             # The model takes the whole part of embed_dim * mlp_ratio.
-            "mlp_ratio": (vision["intermediate_size"] + 0.5) / max(vision["hidden_size"], 1),
+            "mlp_ratio": (vision["intermediate_size"] + 0.5) / vision["hidden_size"],
             "num_heads": vision["num_attention_heads"],
             "patch_size": vision["patch_size"],
             "spatial_merge_size": merge,
@@ -213,9 +232,11 @@ def _qwen2_vl(halves: Halves) -> Pictures:
     processor = {
         "patch_size": vision["patch_size"],
         "merge_size": merge,
-        "min_pixels": own.integer("image_min_pixels", _MIN_PIXELS),
-        "max_pixels": own.integer("image_max_pixels", _MAX_PIXELS),
+        "min_pixels": own.size("image_min_pixels", _MIN_PIXELS),
+        "max_pixels": own.size("image_max_pixels", _MAX_PIXELS),
     }
+    if processor["min_pixels"] > _MAX_PIXELS:
+        raise own.wrong("image_min_pixels", processor["min_pixels"])
     return Pictures(config, processor | _normalisation(own))
 
 
@@ -226,7 +247,7 @@ def _idefics3(halves: Halves) -> Pictures:
         "model_type": "idefics3",
         "text_config": text,
         "vision_config": vision,
-        "scale_factor": own.integer("projector.scale_factor", 2),
+        "scale_factor": own.size("projector.scale_factor", 2),
         "image_token_id": halves.token_id(_IMAGE),
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
@@ -242,9 +263,7 @@ def _llama4(halves: Halves) -> Pictures:
     vision = tower(keys)
     width = keys.shape("mm.model.mlp.2.weight", 2)[0]
     widths = dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), width)
-    scale = own.integer("projector.scale_factor", 2)
-    if not scale:
-        raise own.wrong("projector.scale_factor", scale)
+    scale = own.size("projector.scale_factor", 2)
     side = vision["image_size"]
     config = {
         "model_type": "llama4",
@@ -271,7 +290,7 @@ class Projector:
 
 PROJECTORS: Mapping[str, Projector] = {
     "mlp": Projector(("llama", "qwen2"), "mm.2.weight", _llava),
-    "qwen2vl_merger": Projector(("qwen2vl",), "mm.2.weight", _qwen2_vl),
+    _ANY_SIZE: Projector(("qwen2vl",), "mm.2.weight", _qwen2_vl),
     "idefics3": Projector(("llama",), "mm.model.fc.weight", _idefics3),
     "llama4": Projector(("llama4",), "mm.model.fc.weight", _llama4),
 }
