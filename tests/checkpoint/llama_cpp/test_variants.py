@@ -163,6 +163,73 @@ class TestLlavaVocabularies:
             open_model(str(pair(tmp_path, GOLDENS / "llava_clip", text=change)))
 
 
+def without(*keys: str) -> Change:
+    def change(writer: gguf.GGUFWriter, arrays: Arrays) -> None:
+        for key in keys:
+            writer.kv_data[0].pop(key)
+
+    return change
+
+
+def with_key(key: str, value: object) -> Change:
+    def change(writer: gguf.GGUFWriter, arrays: Arrays) -> None:
+        writer.kv_data[0][key] = gguf.GGUFValue(value=value, type=gguf.GGUFValueType.get_type(value))
+
+    return change
+
+
+class TestWhatFilesDoNotSay:
+    def test_pixels_of_qwen2_vl(self, tmp_path: Path) -> None:
+        change = without("clip.vision.image_min_pixels", "clip.vision.image_max_pixels")
+        settings = open_model(str(pair(tmp_path, GOLDENS / "qwen2_vl_tied", mmproj=change))).processor.settings
+        assert (settings.min_pixels, settings.max_pixels) == (3136, 12845056)
+
+    def test_longest_edge_of_idefics3(self, tmp_path: Path) -> None:
+        change = without("clip.vision.preproc_image_size")
+        settings = open_model(str(pair(tmp_path, GOLDENS / "idefics3_split", mmproj=change))).processor.settings
+        assert (settings.longest_edge, settings.tile) == (4 * 16, 16)
+
+    @pytest.mark.parametrize("has_last_norm", [False, True])
+    def test_feature_layer_of_llava(self, tmp_path: Path, has_last_norm: bool) -> None:
+        """A tower that still has its last norm has its last layer too, which is not projected."""
+
+        def change(writer: gguf.GGUFWriter, arrays: Arrays) -> None:
+            writer.kv_data[0].pop("clip.vision.feature_layer")
+            if has_last_norm:
+                arrays |= {f"v.post_ln.{leaf}": np.ones(8, np.float32) for leaf in ("weight", "bias")}
+
+        config = open_model(str(pair(tmp_path, GOLDENS / "llava_next_tiles", mmproj=change))).config
+        assert config["vision_feature_layer"] == (-2 if has_last_norm else -1)
+
+    @pytest.mark.parametrize(("experts", "has_norms"), [(16, True), (128, False)])
+    def test_norms_of_llama_4(self, tmp_path: Path, experts: int, has_norms: bool) -> None:
+        change = with_key("llama4.expert_count", experts)
+        config = open_model(str(pair(tmp_path, GOLDENS / "llama4_norms", text=change))).config
+        assert config["text_config"]["use_qk_norm"] is has_norms
+
+    def test_a_projector_of_2023(self, tmp_path: Path) -> None:
+        def change(writer: gguf.GGUFWriter, arrays: Arrays) -> None:
+            without("clip.projector_type")(writer, arrays)
+            with_key("clip.has_llava_projector", True)(writer, arrays)
+
+        assert open_model(str(pair(tmp_path, GOLDENS / "llava_clip", mmproj=change))).config["model_type"] == "llava"
+
+    def test_scaling_by_one_factor(self, tmp_path: Path) -> None:
+        def change(writer: gguf.GGUFWriter, arrays: Arrays) -> None:
+            with_key("llama.rope.scaling.type", "linear")(writer, arrays)
+            with_key("llama.rope.scaling.factor", 4.0)(writer, arrays)
+
+        config = open_model(str(pair(tmp_path, GOLDENS / "smolvlm2_tied", text=change))).config
+        assert config["text_config"]["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_a_repository_with_the_originals_config(tmp_path: Path) -> None:
+    """Many repositories of GGUF files have it beside them."""
+    case = Case(GOLDENS / "smolvlm2_tied")
+    (tmp_path / "config.json").write_text((case.folder / "config.json").read_text())
+    assert open_model(str(pair(tmp_path, case.folder))).config["model_type"] == "idefics3"
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair(tmp_path, GOLDENS / "smolvlm2_tied")
     files = ["-m", str(tmp_path / TEXT), "--mmproj", str(tmp_path / MMPROJ)]
