@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxvlm.errors import ModelError, UnsupportedModelError
-from mlxvlm.processors.ggml_tokenizer import PRE_TOKENIZERS, TokenType, Vocabulary, build
+from mlxvlm.processors.ggml_tokenizer import PRE_TOKENIZERS, TokenType, Vocabulary, build, score_merges
 from mlxvlm.processors.tokenizer import Tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -84,6 +84,12 @@ class TestSentencePiece:
     def test_bytes_become_text(self) -> None:
         assert TOKENIZER.decode(TOKENIZER.encode("é漢", add_special_tokens=False)) == "é漢"
 
+    def test_no_text_becomes_a_byte_token_by_its_name(self) -> None:
+        tokens = ["<unk>", "<0x4", "1>", "<0x41>"]
+        kinds = [TokenType.UNKNOWN, TokenType.NORMAL, TokenType.NORMAL, TokenType.BYTE]
+        vocabulary = replace(SENTENCEPIECE, tokens=tokens, types=kinds, scores=[0.0] * 4)
+        assert score_merges(vocabulary, {token: index for index, token in enumerate(tokens)}) == []
+
     def test_padding_of_the_vocabulary_is_left_out(self) -> None:
         assert TOKENIZER.token_id("[PAD1]") is None
         assert TOKENIZER.add_special("<new>") == TOKENS.index("[PAD1]")
@@ -153,6 +159,11 @@ class TestByteLevel:
     def test_the_beginning_of_a_sequence(self, pre: str, said: bool | None, expected: int) -> None:
         tokenizer = build(replace(BYTE_LEVEL, pre=pre, adds_bos=said))
         assert len(tokenizer.encode("a", add_special_tokens=True)) == 1 + expected
+
+    def test_accents_are_composed_for_qwen(self) -> None:
+        normalizers = [build(replace(BYTE_LEVEL, pre=pre)).backend.normalizer for pre in ("qwen2", "llama-bpe")]
+        assert normalizers[0].normalize_str("e\u0301") == "\u00e9"
+        assert normalizers[1] is None
 
     def test_added_tokens(self) -> None:
         tokenizer = build(BYTE_LEVEL)

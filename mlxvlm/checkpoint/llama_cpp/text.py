@@ -5,6 +5,7 @@ Sources: llama.cpp `gguf-py/gguf/constants.py` (keys), `conversion/` (what is wr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,14 +117,13 @@ def text_config(keys: Keys, factors: NDArray[np.float32] | None) -> dict[str, An
 def _check_heads(keys: Keys, config: Mapping[str, Any]) -> None:
     """Heads against the rows of their projections: a damaged number must not make us order a billion of them."""
     queries, values = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    fused = "blk.0.attn_qkv.weight"
-    due = {fused: queries + 2 * values}
-    if fused not in keys.shapes:
-        due = {"blk.0.attn_q.weight": queries, "blk.0.attn_k.weight": values}
-    for tensor, rows in due.items():
-        found = keys.shape(tensor, 2)[0]
-        if found != rows:
-            raise WeightsError(f"{keys.file}: {tensor} has {found} rows, the heads of the metadata have {rows}")
+    due = {"q": queries, "k": values, "v": values, "qkv": queries + 2 * values}
+    for tensor, shape in keys.shapes.items():
+        match = re.fullmatch(r"blk\.\d+\.attn_(q|k|v|qkv)\.(?:weight|bias)", tensor)
+        if match and shape[0] != due[match[1]]:
+            raise WeightsError(
+                f"{keys.file}: {tensor} has {shape[0]} rows, the heads of the metadata have {due[match[1]]}"
+            )
 
 
 def _experts(own: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,10 +150,10 @@ def _rope_scaling(own: Keys, factors: NDArray[np.float32] | None) -> dict[str, A
         scaling = {"rope_type": "factors", "factors": factors.tolist()}
     elif kind != "none":
         scaling = {"rope_type": kind, "factor": own.number("rope.scaling.factor", 1.0)}
-    # Padded to four axes; the last is never used.
+    # Three axes and a fourth of length 0.
     sections = own.integers("rope.dimension_sections", [])
     if sections:
-        scaling = {"rope_type": "mrope", **scaling, "mrope_section": sections[:3]}
+        scaling = {"rope_type": "mrope", **scaling, "mrope_section": sections}
     return scaling or None
 
 

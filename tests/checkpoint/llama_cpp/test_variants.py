@@ -18,6 +18,7 @@ from mlxvlm.engine.request import Request
 from mlxvlm.errors import InputError, ModelError
 from mlxvlm.messages import user
 from mlxvlm.runner import load
+from tests.checkpoint.layouts import tensors_of, write
 from tests.checkpoint.llama_cpp.pairs import MMPROJ, TEXT, Arrays, Kind, write_mmproj, write_pair, write_text
 from tests.golden import GOLDENS, Case
 
@@ -228,6 +229,12 @@ def test_a_repository_with_the_originals_config(tmp_path: Path) -> None:
     case = Case(GOLDENS / "smolvlm2_tied")
     (tmp_path / "config.json").write_text((case.folder / "config.json").read_text())
     assert open_model(str(pair(tmp_path, case.folder))).config["model_type"] == "idefics3"
+
+
+def test_safetensors_go_first(tmp_path: Path) -> None:
+    case = GOLDENS / "smolvlm2_tied"
+    write(tmp_path / "both", case, tensors_of(case))
+    assert open_model(str(pair(tmp_path / "both", case))).config["model_type"] == "smolvlm"
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
