@@ -40,10 +40,13 @@ def senseless(source: object, error: Exception) -> ModelError:
 
 FAMILIES: dict[str, Family] = {
     "idefics3": Family("idefics3", "idefics3"),
+    "llama": Family("text_only", "text_only"),
     "llama4": Family("llama4", "llama4"),
     "llava": Family("llava", "llava"),
     "llava_next": Family("llava", "llava"),
+    "mistral": Family("text_only", "text_only"),
     "mllama": Family("mllama", "mllama"),
+    "qwen2": Family("text_only", "text_only"),
     "qwen2_vl": Family("qwen2_vl", "qwen2_vl"),
     "smolvlm": Family("idefics3", "idefics3"),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from mlxvlm.checkpoint.load import LoadOptions, ModelSource, open_model
+from mlxvlm.checkpoint.load import REQUANTIZE, LoadOptions, ModelSource, open_model
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.params import SamplingParams
 
@@ -26,18 +26,26 @@ def load(
     isq_cache: bool | str | Path = True,
     revision: str | None = None,
     chat_template: str | Path | None = None,
+    mmproj: str | Path | None = None,
+    from_uqff: str | None = None,
+    requantize: str = REQUANTIZE,
     progress: Progress | None = None,
 ) -> Engine:
-    """An engine with a model: "demo", a local folder, or a Hugging Face repository id.
+    """An engine with a model: "demo", a local folder, a GGUF file, or a Hugging Face repository id.
 
     dtype: auto (the checkpoint's own on a GPU, float32 on the CPU backend), bfloat16, float16 or float32.
     isq: quantise while loading: 4, 8, "Q4K", "4@32" ...; topology: a YAML file of types by layer; isq_tower: the vision
     tower's layers too. isq_cache: keep the result for the next start, True for the usual folder.
+    from_uqff: UQFF files to take the weights from; mmproj: the GGUF file of a GGUF model's picture half; requantize:
+    what quantised tensors without an exact MLX form become, "none" for 16 bits.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
-    options = LoadOptions(dtype, isq, isq_tower, _path(topology), cache_folder(isq_cache))
-    return start(open_model(model, revision=revision, chat_template=_path(chat_template)), options, progress)
+    source = open_model(
+        model, revision=revision, chat_template=_path(chat_template), mmproj=_path(mmproj), from_uqff=from_uqff
+    )
+    options = LoadOptions(dtype, isq, isq_tower, _path(topology), cache_folder(isq_cache), requantize)
+    return start(source, options, progress)
 
 
 def start(source: ModelSource, options: LoadOptions | None = None, progress: Progress | None = None) -> Engine:

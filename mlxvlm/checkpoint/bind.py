@@ -47,8 +47,9 @@ def choose_dtype(name: str, weights: Mapping[str, mx.array]) -> mx.Dtype:
 def stored_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
     """What most of the float tensors are stored in; float16 where there are none."""
     sizes: dict[mx.Dtype, int] = {}
-    for array in weights.values():
-        if array.dtype in DTYPES.values():
+    for name, array in weights.items():
+        # Re-packed and re-quantised layers have the scales that fit them, whatever the rest is in.
+        if array.dtype in DTYPES.values() and not name.endswith((".scales", ".biases")):
             sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else mx.float16
 

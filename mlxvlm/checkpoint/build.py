@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,12 +13,13 @@ from mlxvlm.checkpoint.bind import Progress, bind, choose_dtype
 from mlxvlm.checkpoint.container import TensorFile
 from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe
 from mlxvlm.checkpoint.isq_cache import ISQCache, entry_key
-from mlxvlm.checkpoint.load import LoadOptions
+from mlxvlm.checkpoint.load import LoadOptions, ModelSource
 from mlxvlm.checkpoint.recipe import parse_type
 from mlxvlm.checkpoint.topology import Topology
 from mlxvlm.checkpoint.weights import read_weights, weight_files
-from mlxvlm.families import Family
 from mlxvlm.models.base import VisionLanguageModel
+
+log = logging.getLogger(__name__)
 
 
 def recipe_of(options: LoadOptions) -> Recipe:
@@ -28,25 +29,31 @@ def recipe_of(options: LoadOptions) -> Recipe:
     return Recipe(spec, topology, options.isq_tower)
 
 
-def build(
-    folder: Path, config: dict[str, Any], family: Family, options: LoadOptions, progress: Progress
-) -> VisionLanguageModel:
-    """The model of a checkpoint folder, with its weights evaluated."""
+def build(source: ModelSource, options: LoadOptions, progress: Progress) -> VisionLanguageModel:
+    """The model of a source, with its weights evaluated. Raises ModelError and its kinds, UsageError for options."""
     recipe = recipe_of(options)
-    weights = read_weights(folder)
-    model: VisionLanguageModel = family.build_model(config)
+    requantize = None if options.requantize == "none" else parse_type(options.requantize)
+    model: VisionLanguageModel = source.family.build_model(source.config)
+    if source.read is not None:
+        conversion = source.read(requantize)
+        for line in conversion.notes():
+            log.warning("%s: %s", source.name, line)
+        bind(model, conversion.weights, options.dtype, progress, recipe)
+        return model
+    weights = read_weights(source.folder)
     if recipe == AS_IT_IS:
         bind(model, weights, options.dtype, progress)
     elif options.isq_cache is None:
-        _quantize(model, folder, weights, options, recipe, progress)
+        _quantize(model, source.folder, weights, options, recipe, progress)
     else:
         cache = ISQCache(options.isq_cache)
-        key = entry_key(weight_files(folder), config, recipe, choose_dtype(options.dtype, weights))
+        dtype = choose_dtype(options.dtype, weights)
+        key = entry_key(weight_files(source.folder), source.config, recipe, dtype)
         entry = cache.find(key)
         if entry is not None:
             bind(model, read_weights(entry), options.dtype, progress)
         else:
-            _quantize(model, folder, weights, options, recipe, progress)
+            _quantize(model, source.folder, weights, options, recipe, progress)
             _keep(cache, key, model)
     return model
 

@@ -83,7 +83,7 @@ def _wanted(path: str, module: Any, model: VisionLanguageModel, recipe: Recipe) 
         return None
     if path in (f"{paths.decoder}.embed_tokens", paths.head):
         return promoted(recipe.spec)
-    in_tower = recipe.tower and isinstance(module, nn.Linear) and path.startswith(f"{paths.tower}.")
+    in_tower = recipe.tower and paths.tower and isinstance(module, nn.Linear) and path.startswith(f"{paths.tower}.")
     return recipe.spec if in_tower or (inside and not is_router) else None
 
 

@@ -5,16 +5,23 @@ Source of the defaults' precedence: transformers reads generation_config.json fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mlxvlm.checkpoint.hub import resolve
 from mlxvlm.errors import ModelNotFoundError
 from mlxvlm.families import NONSENSE, Family, family_of, senseless
 from mlxvlm.processors.base import Processor
-from mlxvlm.processors.files import ProcessorFiles, context_length, read_json
+from mlxvlm.processors.files import ProcessorFiles, context_length, read_json, template_file
+
+if TYPE_CHECKING:
+    from mlxvlm.checkpoint.conversion import Conversion
+    from mlxvlm.checkpoint.packed import QuantSpec
+
+GGUF, UQFF = ".gguf", ".uqff"
+REQUANTIZE = "8@32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,8 @@ class LoadOptions:
     """How the weights become a model. Names as users give them: they are looked up where MLX is.
 
     isq: a type's name (see docs/quantisation.md); isq_tower: the vision tower's layers too; topology: a YAML file of
-    types by layer. isq_cache: the folder that keeps what was quantised, None for none.
+    types by layer. isq_cache: the folder that keeps what was quantised, None for none. requantize: what tensors of GGUF
+    and UQFF files become where MLX has no exact form for them, "none" for 16 bits.
     """
 
     dtype: str = "auto"
@@ -59,6 +67,7 @@ class LoadOptions:
     isq_tower: bool = False
     topology: Path | None = None
     isq_cache: Path | None = None
+    requantize: str = REQUANTIZE
 
 
 @dataclass(frozen=True)
@@ -72,17 +81,43 @@ class ModelSource:
     processor: Processor
     defaults: GenerationDefaults
     max_context: int
+    # Of weights that are no safetensors; what has no exact form becomes the type given.
+    read: Callable[[QuantSpec | None], Conversion] | None = None
 
     def build(self, options: LoadOptions, progress: Any) -> Any:
         """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
         from mlxvlm.checkpoint.build import build
 
-        return build(self.folder, self.config, self.family, options, progress)
+        return build(self, options, progress)
 
 
-def open_model(name: str, *, revision: str | None = None, chat_template: Path | None = None) -> ModelSource:
-    """Finds a model and reads its small files; no MLX is imported yet. Raises ModelError and its kinds."""
+def open_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    chat_template: Path | None = None,
+    mmproj: Path | None = None,
+    from_uqff: str | None = None,
+) -> ModelSource:
+    """Finds a model and reads its small files; no MLX is imported yet, but for GGUF and UQFF files.
+
+    mmproj: the picture half of a GGUF model. from_uqff: UQFF files to take the weights from, see uqff_files.find.
+    Raises ModelError and its kinds.
+    """
+    if mmproj is not None or name.endswith(GGUF):
+        return _open_gguf(name, Path(name).expanduser(), mmproj, chat_template)
+    if from_uqff is not None:
+        return _open_uqff(name, from_uqff, revision, chat_template)
     folder = resolve(name, revision)
+    # Repositories of GGUF files often have the original's config.json.
+    if any(folder.glob(f"*{GGUF}")) and not any(folder.glob("*.safetensors")):
+        return _open_gguf(name, folder, None, chat_template)
+    if any(folder.glob(f"*{UQFF}")) and not any(folder.glob("model*.safetensors")):
+        return _open_uqff(name, str(folder), revision, chat_template)
+    return _open_folder(name, folder, chat_template)
+
+
+def _open_folder(name: str, folder: Path, chat_template: Path | None) -> ModelSource:
     config = read_json(folder / "config.json")
     if not config:
         raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
@@ -95,3 +130,34 @@ def open_model(name: str, *, revision: str | None = None, chat_template: Path | 
     except NONSENSE as error:
         raise senseless(f"a config in {folder}", error) from error
     return ModelSource(name, folder, config, family, processor, defaults, max_context)
+
+
+def _open_uqff(name: str, from_uqff: str, revision: str | None, chat_template: Path | None) -> ModelSource:
+    from mlxvlm.checkpoint.uqff import has_residual, read
+    from mlxvlm.checkpoint.uqff_files import find
+
+    files = find(from_uqff, name, revision)
+    # Without a residual, what is not in the files comes from the base model.
+    folder = resolve(name, revision, weights=not has_residual(files))
+    base = folder if any(folder.glob("model*.safetensors")) else None
+    source = _open_folder(name, folder, chat_template)
+    return replace(source, read=lambda requantize: read(files, folder, base, requantize))
+
+
+def _open_gguf(name: str, path: Path, mmproj: Path | None, chat_template: Path | None) -> ModelSource:
+    """A text model's GGUF file, or a folder that holds one and perhaps its mmproj."""
+    from mlxvlm.checkpoint.llama_cpp.load import find, open_gguf
+
+    if path.is_dir():
+        path, found = find(path)
+        mmproj = mmproj or found
+    model = open_gguf(path, mmproj, None if chat_template is None else template_file(chat_template))
+    family = family_of(model.config)
+    try:
+        processor = cast(Processor, family.processor_module().build(model.files))
+        max_context = context_length(model.config)
+        defaults = GenerationDefaults.from_configs({}, model.config)
+    except NONSENSE as error:
+        raise senseless(f"the metadata of {path}", error) from error
+    folder = path.parent
+    return ModelSource(name, folder, model.config, family, processor, defaults, max_context, model.read)

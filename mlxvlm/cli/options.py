@@ -7,22 +7,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlxvlm.checkpoint.load import LoadOptions
+    from mlxvlm.checkpoint.load import LoadOptions, ModelSource
     from mlxvlm.engine.params import SamplingParams
     from mlxvlm.engine.request import Usage
 
+REQUANTIZE = "8@32"  # of checkpoint.load, whose import would slow down --help
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """-m, --revision, --dtype, --chat-template."""
+    """-m, --mmproj, --from-uqff, --requantize, --revision, --dtype, --chat-template."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
         "--model",
         required=True,
         metavar="MODEL",
-        help="`demo` (ships with the package), a local folder, or a Hugging Face repository id",
+        help="`demo` (ships with the package), a local folder, a GGUF file, or a Hugging Face repository id",
+    )
+    group.add_argument("--mmproj", type=Path, metavar="FILE", help="the GGUF file of a GGUF model's picture half")
+    group.add_argument(
+        "--from-uqff", metavar="NAME", help="take the weights from UQFF files: a file, a folder, or a type in MODEL"
+    )
+    group.add_argument(
+        "--requantize",
+        default=REQUANTIZE,
+        metavar="TYPE",
+        help="what GGUF and UQFF tensors become that MLX can't hold as they are (default: %(default)s; none: 16 bits)",
     )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
     group.add_argument(
@@ -54,7 +65,23 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
     from mlxvlm.runner import cache_folder
 
     folder = cache_folder(False if args.no_isq_cache else args.isq_cache or True)
-    return LoadOptions(args.dtype, args.isq, args.isq_vision, args.topology, folder)
+    return LoadOptions(args.dtype, args.isq, args.isq_vision, args.topology, folder, args.requantize)
+
+
+def open_source(args: argparse.Namespace) -> ModelSource:
+    """The model of add_model_options; its losses and what it leaves alone are told on stderr while it is built."""
+    import logging
+
+    from mlxvlm.checkpoint.load import open_model
+
+    logging.basicConfig(format="mlxvlm: %(message)s")
+    return open_model(
+        args.model,
+        revision=args.revision,
+        chat_template=args.chat_template,
+        mmproj=args.mmproj,
+        from_uqff=args.from_uqff,
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:

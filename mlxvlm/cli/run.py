@@ -18,6 +18,7 @@ from mlxvlm.cli.options import (
     add_sampling_options,
     figures,
     load_options,
+    open_source,
     sampling_params,
 )
 from mlxvlm.cli.progress import byte_bar
@@ -72,13 +73,12 @@ def add_parser(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
-    from mlxvlm.checkpoint.load import open_model
     from mlxvlm.engine.request import Request
     from mlxvlm.messages import ImageOptions
     from mlxvlm.runner import sampling_defaults, start
 
     messages = _messages(args)
-    source = open_model(args.model, revision=args.revision, chat_template=args.chat_template)
+    source = open_source(args)
     sampling = sampling_params(args, sampling_defaults(source))
     # Before the weights: a mistyped path should not cost a minute of loading.
     begun = time.perf_counter()

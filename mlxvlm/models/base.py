@@ -33,7 +33,7 @@ class KVSpec:
 class QuantPaths:
     """Where in a model in-situ quantisation works, as module paths; what lies elsewhere stays as it is.
 
-    decoder: has `layers` and `embed_tokens`. tower: the vision tower's layers, quantised on request only.
+    decoder: has `layers` and `embed_tokens`. tower: the vision tower's layers, quantised on request only; "" for none.
     """
 
     decoder: str

@@ -59,11 +59,20 @@ def _llama3_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.
     return np.where(between, blended, scaled).astype(np.float32)
 
 
+def _divided_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.float32]:
+    """A factor for each frequency, as llama.cpp stores llama3's scaling. Source: `ggml_rope_ext`, freq_factors."""
+    factors = np.asarray(parameters["factors"], np.float32)
+    if factors.shape != (dims // 2,) or not np.all(np.isfinite(factors) & (factors > 0)):
+        raise ValueError(f"{factors.size} RoPE factors for {dims // 2} frequencies, or some that are not positive")
+    return _default_frequencies(dims, parameters) / factors
+
+
 _FREQUENCIES: dict[str, Callable[[int, Mapping[str, Any]], NDArray[np.float32]]] = {
     "default": _default_frequencies,
     "mrope": _default_frequencies,  # only the positions have three axes
     "linear": _linear_frequencies,
     "llama3": _llama3_frequencies,
+    "factors": _divided_frequencies,
 }
 
 

@@ -62,7 +62,7 @@ class ProcessorFiles:
         # transformers 5 keeps the image processor inside processor_config.json.
         image_processor = processor.get("image_processor") or read_json(folder / "preprocessor_config.json")
         if chat_template is not None:
-            source: str | None = _template_file(chat_template)
+            source: str | None = template_file(chat_template)
         else:
             source = _template_of(folder, processor, tokenizer_config)
         return cls(config, processor, image_processor, tokenizer, source)
@@ -104,7 +104,8 @@ def _default_of(template: Any) -> str | None:
     return None
 
 
-def _template_file(path: Path) -> str:
+def template_file(path: Path) -> str:
+    """The text of a chat template: Jinja, or JSON with the key `chat_template`. Raises ModelError."""
     if not path.is_file():
         raise ModelNotFoundError(f"no such chat template file: {path}")
     if path.suffix == ".json":

@@ -71,7 +71,7 @@ class TestFamilies:
         assert callable(family.model_module().build)
         assert callable(family.processor_module().build)
 
-    @pytest.mark.parametrize("model_type", ["llama", "", "Idefics3", None, 3, ["idefics3"], {"a": 1}])
+    @pytest.mark.parametrize("model_type", ["gemma", "", "Idefics3", None, 3, ["idefics3"], {"a": 1}])
     def test_unsupported(self, model_type: Any) -> None:
         with pytest.raises(UnsupportedModelError, match=f"supported: {SUPPORTED}") as caught:
             family_of({"model_type": model_type})

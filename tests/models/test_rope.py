@@ -41,6 +41,24 @@ def test_default_frequencies(dims: int, theta: float) -> None:
     np.testing.assert_allclose(found, slow_frequencies(dims, theta), rtol=1e-6)
 
 
+def test_a_factor_for_each_frequency() -> None:
+    """As llama.cpp stores llama3's scaling: what each frequency is divided by."""
+    plain = {"rope_theta": 500_000.0}
+    scaled = inverse_frequencies(64, rope_parameters({**plain, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}))
+    factors = inverse_frequencies(64, rope_parameters(plain)) / scaled
+    assert factors.max() == 8
+    scaling = {"rope_type": "factors", "factors": factors.tolist()}
+    found = inverse_frequencies(64, rope_parameters({**plain, "rope_scaling": scaling}))
+    np.testing.assert_allclose(found, scaled, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factors", [[], [1.0] * 7, [1.0] * 9, [0.0] * 8, [-1.0] * 8, [float("nan")] * 8])
+def test_factors_that_fit_nothing(factors: list[float]) -> None:
+    parameters = rope_parameters({"rope_scaling": {"rope_type": "factors", "factors": factors}})
+    with pytest.raises(ValueError, match="for 8 frequencies"):
+        inverse_frequencies(16, parameters)
+
+
 def test_linear_frequencies() -> None:
     found = inverse_frequencies(16, rope_parameters({"rope_scaling": {"type": "linear", "factor": 4}}))
     np.testing.assert_allclose(found, [value / 4 for value in slow_frequencies(16, 10_000)], rtol=1e-6)

@@ -1,0 +1,43 @@
+"""Models without pictures: messages -> Prompt. A picture is refused, not dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlxvlm.errors import InputError
+from mlxvlm.messages import ImageOptions, Message
+from mlxvlm.processors.base import AS_THE_CHECKPOINT, Prompt, check_messages, turn_of_parts, turn_of_text
+from mlxvlm.processors.files import ProcessorFiles
+
+
+class TextProcessor:
+    """Messages to Prompt. Thread-safe: holds settings only."""
+
+    image_token_id = -1  # no token's
+
+    def __init__(self, files: ProcessorFiles) -> None:
+        self.tokenizer = files.tokenizer
+        self.template = files.template()
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        template: Mapping[str, Any] | None = None,
+        options: ImageOptions = AS_THE_CHECKPOINT,
+    ) -> Prompt:
+        """Raises InputError or TemplateError."""
+        check_messages(messages)
+        if options != AS_THE_CHECKPOINT or any(message.images for message in messages):
+            raise InputError("this model reads text only: leave the image out, or give a model with a vision tower")
+        takes_strings = self.template.takes_strings
+        turns = [
+            turn_of_text(message, message.parts, "") if takes_strings else turn_of_parts(message, message.parts)
+            for message in messages
+        ]
+        return Prompt(tuple(self.tokenizer.encode_prompt(self.template.render(turns, template))))
+
+
+def build(files: ProcessorFiles) -> TextProcessor:
+    """The entry that families.py points to."""
+    return TextProcessor(files)
