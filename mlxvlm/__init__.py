@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlxvlm.engine.request import Completion, Delta, Request, TokenLogprob, Usage
     from mlxvlm.engine.stream import Stream
     from mlxvlm.errors import MlxvlmError
-    from mlxvlm.messages import ImagePart, Message, TextPart, ToolCall, assistant, system, user
+    from mlxvlm.messages import ImageOptions, ImagePart, Message, TextPart, ToolCall, assistant, system, user
     from mlxvlm.runner import load
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ _HOMES = {
     "Completion": "engine.request",
     "Delta": "engine.request",
     "Engine": "engine.engine",
+    "ImageOptions": "messages",
     "ImagePart": "messages",
     "Message": "messages",
     "MlxvlmError": "errors",
@@ -45,6 +46,7 @@ __all__ = [
     "Completion",
     "Delta",
     "Engine",
+    "ImageOptions",
     "ImagePart",
     "Message",
     "MlxvlmError",

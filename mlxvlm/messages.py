@@ -31,6 +31,17 @@ Part: TypeAlias = TextPart | ImagePart
 
 
 @dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """What a request asks of its pictures; None: as the checkpoint is set.
+
+    min_pixels, max_pixels: bounds of a resized picture's area, for models that take pictures of any size (Qwen2-VL).
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call that the assistant made; `arguments` is JSON text, as in OpenAI's format."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from mlxvlm.checkpoint.load import ModelSource, open_model
+from mlxvlm.checkpoint.load import LoadOptions, ModelSource, open_model
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.params import SamplingParams
+
+_CACHE, _MAC_CACHE = Path(".cache/mlxvlm/isq"), Path("Library/Caches/mlxvlm/isq")
 
 Progress = Callable[[int, int], None]
 
@@ -17,6 +20,10 @@ def load(
     model: str,
     *,
     dtype: str = "auto",
+    isq: str | int | None = None,
+    isq_tower: bool = False,
+    topology: str | Path | None = None,
+    isq_cache: bool | str | Path = True,
     revision: str | None = None,
     chat_template: str | Path | None = None,
     mmproj: str | Path | None = None,
@@ -26,18 +33,31 @@ def load(
 
     dtype: auto (the checkpoint's own on a GPU, float32 on the CPU backend), bfloat16, float16 or float32.
     mmproj: the GGUF file of a GGUF model's picture half.
+    isq: quantise while loading: 4, 8, "Q4K", "4@32" ...; topology: a YAML file of types by layer; isq_tower: the vision
+    tower's layers too. isq_cache: keep the result for the next start, True for the usual folder.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
-    template, half = (None if path is None else Path(path) for path in (chat_template, mmproj))
-    source = open_model(model, revision=revision, chat_template=template, mmproj=half)
-    return start(source, dtype=dtype, progress=progress)
+    options = LoadOptions(dtype, isq, isq_tower, _path(topology), cache_folder(isq_cache))
+    source = open_model(model, revision=revision, chat_template=_path(chat_template), mmproj=_path(mmproj))
+    return start(source, options, progress)
 
 
-def start(source: ModelSource, *, dtype: str = "auto", progress: Progress | None = None) -> Engine:
+def start(source: ModelSource, options: LoadOptions | None = None, progress: Progress | None = None) -> Engine:
     """An engine with an opened model."""
     config = EngineConfig(source.max_context, source.defaults.eos_token_ids, sampling_defaults(source))
-    return Engine(partial(source.build, dtype), source.processor, config, progress)
+    return Engine(partial(source.build, options or LoadOptions()), source.processor, config, progress)
+
+
+def cache_folder(choice: bool | str | Path) -> Path | None:
+    """Where quantised models are kept: True for the system's folder of caches, False for nowhere."""
+    if choice is True:
+        return Path.home() / (_MAC_CACHE if sys.platform == "darwin" else _CACHE)
+    return None if choice is False else Path(choice)
+
+
+def _path(name: str | Path | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def sampling_defaults(source: ModelSource) -> SamplingParams:

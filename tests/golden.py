@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxvlm.checkpoint.load import ModelSource, open_model
+from mlxvlm.checkpoint.load import LoadOptions, ModelSource, open_model
 from mlxvlm.families import FAMILIES
 from mlxvlm.messages import ImagePart, Message, TextPart
 from mlxvlm.models.base import VisionLanguageModel
@@ -105,7 +105,7 @@ class Case:
         return open_model(str(self.folder))
 
     def build(self) -> VisionLanguageModel:
-        return self.open().build("float32", lambda done, total: None)
+        return self.open().build(LoadOptions("float32"), lambda done, total: None)
 
 
 def cases(root: Path) -> list[Case]:

@@ -49,7 +49,7 @@ def test_functions(head: str, tool: ModuleType) -> None:
     assert found(tool, "\n" + function(lines, head=head)) == expected
 
 
-@pytest.mark.parametrize("arguments", ["{}", "{}, /", "*, {}", "self, {}", "cls, {}", "{}, *rest, **more"])
+@pytest.mark.parametrize("arguments", ["{}", "{}, /", "self, {}", "cls, {}", "{}, *rest, **more", "{}, *, named"])
 def test_arguments(arguments: str, tool: ModuleType) -> None:
     def names(count: int) -> str:
         return arguments.format(", ".join(f"a{number}" for number in range(count)))
@@ -57,6 +57,16 @@ def test_arguments(arguments: str, tool: ModuleType) -> None:
     count = tool.ARGUMENTS + 1
     assert found(tool, function(2, names(tool.ARGUMENTS))) == []
     expected = [f"a.py:1: work has {count} arguments, {tool.ARGUMENTS} are allowed"]
+    assert found(tool, function(2, names(count))) == expected
+
+
+def test_keyword_arguments(tool: ModuleType) -> None:
+    def names(count: int) -> str:
+        return "first, *, " + ", ".join(f"a{number}" for number in range(count))
+
+    count = tool.KEYWORD_ARGUMENTS + 1
+    assert found(tool, function(2, names(tool.KEYWORD_ARGUMENTS))) == []
+    expected = [f"a.py:1: work has {count} keyword-only arguments, {tool.KEYWORD_ARGUMENTS} are allowed"]
     assert found(tool, function(2, names(count))) == expected
 
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from tests.golden import Case
 
@@ -15,7 +16,7 @@ from tests.golden import Case
 def test_everything_has_the_dtype_of_the_weights(case: Case, dtype: str) -> None:
     wanted = getattr(mx, dtype)
     source = case.open()
-    model = source.build(dtype, lambda done, total: None)
+    model = source.build(LoadOptions(dtype), lambda done, total: None)
     assert isinstance(model, nn.Module)
     assert {array.dtype for _, array in tree_flatten(model.parameters())} == {wanted}
     prompt = source.processor(case.messages("two_images"))

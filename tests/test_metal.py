@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine import device
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.params import SamplingParams
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.metal
 def test_greedy_tokens_equal_the_reference(case: Case) -> None:
     source = case.open()
     config = EngineConfig(source.max_context, source.defaults.eos_token_ids)
-    with Engine(lambda progress: source.build("float32", progress), source.processor, config) as engine:
+    with Engine(lambda progress: source.build(LoadOptions("float32"), progress), source.processor, config) as engine:
         for scenario in case.scenarios:
             expected = case.expected(scenario)["greedy"]
             sampling = SamplingParams(max_tokens=len(expected), ignore_eos=True)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.engine.params import SamplingParams
@@ -105,7 +106,7 @@ def engine(case: Case, request: pytest.FixtureRequest) -> Iterator[Engine]:
         prefill_chunk=request.param,
         prefill_chunk_while_decoding=request.param,
     )
-    with Engine(lambda progress: source.build("float32", progress), source.processor, config) as running:
+    with Engine(lambda progress: source.build(LoadOptions("float32"), progress), source.processor, config) as running:
         yield running
 
 

@@ -18,6 +18,7 @@ FILE_LINES = 400
 FAMILY_FILE_LINES = 550  # a model or processor that families.py names
 FUNCTION_LINES = 50
 ARGUMENTS = 7
+KEYWORD_ARGUMENTS = 12  # that callers can only give by name
 EXAMPLE_LINES = 40
 
 
@@ -47,11 +48,14 @@ def problems(path: Path, limit: int) -> Iterator[str]:
         length = (node.end_lineno or node.lineno) - node.lineno + 1
         if length > FUNCTION_LINES:
             yield f"{name}:{node.lineno}: {node.name} has {length} lines, {FUNCTION_LINES} are allowed"
-        arguments = node.args
-        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-        count = len([argument for argument in named if argument.arg not in ("self", "cls")])
-        if count > ARGUMENTS:
-            yield f"{name}:{node.lineno}: {node.name} has {count} arguments, {ARGUMENTS} are allowed"
+        positional = [*node.args.posonlyargs, *node.args.args]
+        counts = {
+            "arguments": (len([each for each in positional if each.arg not in ("self", "cls")]), ARGUMENTS),
+            "keyword-only arguments": (len(node.args.kwonlyargs), KEYWORD_ARGUMENTS),
+        }
+        for kind, (count, allowed) in counts.items():
+            if count > allowed:
+                yield f"{name}:{node.lineno}: {node.name} has {count} {kind}, {allowed} are allowed"
 
 
 def main() -> int:

@@ -2,13 +2,15 @@
 
     python tools/check_tensors.py CONFIG.json TENSORS.json [TENSORS.json ...]
 
-TENSORS.json: {"name": {"shape": [...], "dtype": "BF16"}, ...}. A line for each list; exits 1 if one does not fit.
+TENSORS.json: {"name": {"shape": [...], "dtype": "BF16"}, ...}, such as tools/list_tensors.py writes. A line for each
+list; exits 1 if one does not fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,11 @@ def verdict(config: dict[str, Any], tensors: dict[str, dict[str, Any]]) -> str:
     return misfit(model, named)
 
 
+def num_values(tensors: dict[str, dict[str, Any]]) -> int:
+    """Stored numbers: of an unquantised list the parameters, with what the model leaves out."""
+    return sum(math.prod(entry["shape"]) for entry in tensors.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
@@ -40,7 +47,7 @@ def main() -> int:
         tensors = json.loads(path.read_text())
         problem = verdict(config, tensors)
         failed = failed or bool(problem)
-        print(f"{path}: {len(tensors)} tensors, {problem or 'all in their places'}")
+        print(f"{path}: {len(tensors)} tensors, {num_values(tensors):,} values, {problem or 'all in their places'}")
     return int(failed)
 
 

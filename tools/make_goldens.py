@@ -2,7 +2,8 @@
 
     python tools/make_goldens.py [--out tests/goldens] [--case NAME ...] [--check]
 
-Needs the `goldens` extra. Everything comes from fixed seeds: a second run gives the same files.
+Needs the `goldens` extra; its torchvision only for Llama 4, and for all cases at once. Everything comes from fixed
+seeds: a second run gives the same files.
 A new family: a module with CASES, build, load_processor, resave, share_weights and, for arithmetic that deserves
 a table of its own, write_tables; named in FAMILIES.
 """
@@ -22,10 +23,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import goldens_idefics3
 import goldens_llama4
-import goldens_llama4_sizes
 import goldens_llava
 import goldens_llava_tables
 import goldens_mllama
+import goldens_names
 import goldens_qwen2_vl
 import goldens_tables
 import torch
@@ -135,7 +136,9 @@ def main() -> int:
     for family, case in chosen:
         make_case(family, case, options.out, scenarios)
     if not options.case:
-        for module in (goldens_tables, goldens_llama4_sizes, goldens_llava_tables, *FAMILIES):
+        import goldens_llama4_sizes  # needs torchvision, which single cases of other families do not
+
+        for module in (goldens_tables, goldens_llama4_sizes, goldens_llava_tables, goldens_names, *FAMILIES):
             if hasattr(module, "write_tables"):
                 module.write_tables(options.out)
     return 0

@@ -7,17 +7,22 @@ tensors; the tensors can't.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxvlm.checkpoint.container import TensorFile
+from mlxvlm.checkpoint.isq import AS_IT_IS, Plan, Recipe, Stacks, make_plan, stream
 from mlxvlm.checkpoint.packed import OUTPUT_SCALE, QuantSpec
 from mlxvlm.errors import UsageError, WeightsError
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.models.repacked import repacked
+
+log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -48,30 +53,63 @@ def stored_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else mx.float16
 
 
-def bind(model: VisionLanguageModel, weights: dict[str, mx.array], dtype: str, progress: Progress) -> None:
-    """Puts a checkpoint's tensors into a model and evaluates them one by one; `weights` is emptied.
-
-    Peak memory is the model plus one tensor. Raises WeightsError with every missing, extra or wrongly shaped name.
-    """
+def bind(
+    model: VisionLanguageModel,
+    weights: dict[str, mx.array],
+    dtype: str,
+    progress: Progress,
+    recipe: Recipe = AS_IT_IS,
+    files: Sequence[TensorFile] = (),
+) -> None:
+    """Puts a checkpoint's tensors into a model; see `streamed`. Peak memory is the bound model plus one tensor."""
     assert isinstance(model, nn.Module)
-    target = choose_dtype(dtype, weights)
-    named = model.sanitize(weights)
-    weights.clear()
-    expected = fit(model, named)
-    dtypes = {name: _bound_dtype(name, named, target) for name in expected}
-    total = sum(expected_bytes(array, dtypes[name]) for name, array in named.items())
-    done = 0
-    for name in expected:
-        array = _cast(named.pop(name), dtypes[name])
+    for name, array in streamed(model, weights, choose_dtype(dtype, weights), progress, recipe, files):
         _assign(model, name, array)
-        try:
-            mx.eval(array)
-        except RuntimeError as error:
-            raise WeightsError(f"tensor {name} can't be read: {error}") from error
-        done += int(array.nbytes)
-        progress(done, total)
     model.eval()
     model.freeze()
+
+
+def streamed(
+    model: VisionLanguageModel,
+    weights: dict[str, mx.array],
+    dtype: mx.Dtype,
+    progress: Progress,
+    recipe: Recipe = AS_IT_IS,
+    files: Sequence[TensorFile] = (),
+) -> Iterator[tuple[str, mx.array]]:
+    """A checkpoint's tensors under the model's names, evaluated one by one; `weights` is emptied.
+
+    The model's modules become what the tensors are, and what `recipe` makes of them. files: those that `weights` came
+    from, for reading parts of tensors. Raises WeightsError with every missing, extra or wrongly shaped name.
+    """
+    assert isinstance(model, nn.Module)
+    named = model.sanitize(weights)
+    expected = fit(model, named)
+    plan = make_plan(model, recipe)
+    for line in plan.left:
+        log.warning(line)
+    stacks = Stacks(model.sanitize, files, weights) if plan.specs else None
+    weights.clear()
+    _quantize(model, plan)
+    dtypes = {name: _bound_dtype(name, named, dtype) for name in expected}
+    # Bytes of the full tensors, also where they are quantised: reading and quantising them is the work.
+    sizes = {name: expected_bytes(named[name], dtypes[name]) for name in expected}
+    total, done = sum(sizes.values()), 0
+    for name, array in stream({name: named.pop(name) for name in expected}, dtypes, plan, stacks):
+        yield name, array
+        done += sizes.get(name, 0)
+        progress(done, total)
+
+
+def _quantize(model: nn.Module, plan: Plan) -> None:
+    """Replaces modules by their quantised forms, of no value yet."""
+    modules = dict(model.named_modules())
+    replaced = [
+        (path, modules[path].to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
+        for path, spec in plan.specs.items()
+    ]
+    if replaced:
+        model.update_modules(tree_unflatten(replaced))
 
 
 def fit(model: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -139,15 +177,13 @@ def _kind(array: mx.array) -> str:
 
 
 def _bound_dtype(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.Dtype:
-    """`dtype`, but for the parts of re-packed modules that it would round."""
+    """`dtype`, but for integers, and the parts of re-packed modules that it would round."""
+    if weights[name].dtype not in DTYPES.values():
+        # Packed weights and the scales of the float modes.
+        return weights[name].dtype
     path, _, leaf = name.rpartition(".")
     is_exact = leaf in (OUTPUT_SCALE, "scales", "biases") and f"{path}.{OUTPUT_SCALE}" in weights
     return mx.float32 if is_exact and weights[name].dtype != dtype else dtype
-
-
-def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
-    # Packed weights and the scales of the float modes are integers and stay.
-    return array.astype(dtype) if array.dtype in DTYPES.values() else array
 
 
 def _assign(model: nn.Module, name: str, array: mx.array) -> None:

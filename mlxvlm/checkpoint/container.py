@@ -56,8 +56,9 @@ class Tensor:
     @property
     def bits(self) -> NDArray[Any]:
         """As NumPy can have it, in its shape: bfloat16 as uint16, E4M3 as uint8."""
-        # Copied: a file's bytes need not be aligned.
-        return np.frombuffer(self.data.tobytes(), _BITS[self.dtype]).reshape(self.shape)
+        # Copied only where it must be: a record's fields need not be aligned.
+        bits: NDArray[Any] = np.require(self.data.view(_BITS[self.dtype]), requirements="A")
+        return bits.reshape(self.shape)
 
     def numbers(self, *dtypes: str) -> list[int]:
         """The integers of a small tensor, of one of `dtypes`."""
@@ -139,7 +140,16 @@ class TensorFile:
         return self._entries[name].shape
 
     def read(self, name: str) -> Tensor:
+        return self._read(name, self._entries[name])
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """[1, ...]: one entry of the first axis, without reading the others."""
         entry = self._entries[name]
+        step = (entry.end - entry.start) // entry.shape[0]
+        start = entry.start + index * step
+        return self._read(name, _Entry(entry.dtype, (1, *entry.shape[1:]), start, start + step))
+
+    def _read(self, name: str, entry: _Entry) -> Tensor:
         count = entry.end - entry.start
         try:
             data = np.fromfile(self.path, np.uint8, count, offset=self._data + entry.start)

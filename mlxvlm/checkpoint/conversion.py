@@ -68,9 +68,7 @@ class Conversion:
 
 
 def to_mlx(data: NDArray[np.uint8], kind: GGMLType, shape: Sequence[int]) -> mx.array:
-    """uint8 [nbytes] -> the tensor: plain types in their own type, quantised ones and F64 in float32."""
+    """uint8 [nbytes] -> the tensor: plain types in their own type, F64 and quantised ones in float32."""
     if kind is GGMLType.BF16:
         return mx.array(plain(data, kind, shape)).view(mx.bfloat16)
-    if kind in PLAIN and kind is not GGMLType.F64:
-        return mx.array(plain(data, kind, shape))
-    return mx.array(dequantize(data, kind, shape))
+    return mx.array(plain(data, kind, shape) if kind in PLAIN else dequantize(data, kind, shape))

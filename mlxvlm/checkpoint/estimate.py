@@ -10,12 +10,11 @@ import mlx.nn as nn
 
 from mlxvlm.checkpoint.bind import choose_dtype, expected_bytes, fit
 from mlxvlm.checkpoint.hub import is_on_disk, resolve
-from mlxvlm.checkpoint.load import DEFAULT_CONTEXT
 from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
 from mlxvlm.families import NONSENSE, family_of, senseless
 from mlxvlm.models.base import KVSpec
-from mlxvlm.processors.files import read_json
+from mlxvlm.processors.files import context_length, read_json
 
 # As mx.load reads them; FP8 arrives as bytes.
 DTYPES = {
@@ -65,7 +64,7 @@ def memory_need(model: str, revision: str | None = None, dtype: str = "auto") ->
     specs: list[KVSpec] = built.kv_specs
     per_token = sum(spec.bytes_per_token(target) for spec in specs)
     try:
-        context = int((config.get("text_config") or config).get("max_position_embeddings", DEFAULT_CONTEXT))
+        context = context_length(config)
     except NONSENSE as error:
         raise senseless(folder / "config.json", error) from error
     return MemoryNeed(str(config["model_type"]), size, per_token, context, is_local, len(named), misfit(built, named))

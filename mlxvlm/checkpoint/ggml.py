@@ -4,7 +4,7 @@ Every quantised type is read as unsigned codes in groups of equal scale: value =
 scale * code + minimum. MLX computes scale * code + bias, with bias = -scale * offset or the minimum. In float32 all
 those products are exact (a float16 scale, at most 6 bits of sub-scale, at most 8 bits of code: 24 bits), so the one
 addition rounds as ggml's does, fused or not: equal values, though a zero may lose its sign. Q8K's scale has 24 bits
-already: its codes and scale are kept exactly, and MLX's float32 values differ by 2**-16 of a scale at most (fused
+already: its codes and scale are kept exactly, and MLX's float32 values differ by 2**-15 of a scale at most (fused
 multiply-add: not at all).
 
 Source: the block structs of ggml-common.h and the dequantize_row functions of ggml-quants.c.
@@ -315,15 +315,16 @@ def repack(data: Bytes, kind: GGMLType, shape: Sequence[int]) -> Packed | None:
     layout = _QUANTISED.get(kind)
     if layout is None or layout.group < _SMALLEST_MLX_GROUP or len(shape) < 2:
         return None
-    words = np.empty((data.size // layout.struct.itemsize, layout.elements * layout.bits // 32), np.uint32)
-    scales, minima = [], []
-    for part, (codes, scale, minimum) in _slabs(data, layout):
+    count, groups = data.size // layout.struct.itemsize, layout.elements // layout.group
+    words = np.empty((count, layout.elements * layout.bits // 32), np.uint32)
+    parts: list[Array] = []
+    for part, (codes, *numbers) in _slabs(data, layout):
         words[part] = pack_codes(codes.reshape(len(codes), -1), layout.bits)
-        scales.append(np.repeat(scale, layout.elements // layout.group // scale.shape[1], axis=1))
-        if minimum is not None:
-            minima.append(minimum)
-    parts: list[Array] = [np.concatenate(numbers) for numbers in (scales, minima) if numbers]
-    if layout.mode == "affine" and not minima:
+        given = [number for number in numbers if number is not None]
+        parts = parts or [np.empty((count, groups), number.dtype) for number in given]
+        for whole, number in zip(parts, given, strict=True):
+            whole[part] = number
+    if layout.mode == "affine" and len(parts) == 1:
         parts = _symmetric(parts[0], layout.offset)
     rows = [part.reshape(*shape[:-1], -1) for part in (words, *parts)]
     return Packed(
@@ -355,5 +356,5 @@ def _symmetric(scales: Array, offset: int) -> list[Array]:
 
 def _check_size(data: Bytes, kind: GGMLType, shape: Sequence[int]) -> None:
     expected = nbytes(kind, shape)
-    if data.ndim != 1 or data.dtype != np.uint8 or data.size != expected:
-        raise WeightsError(f"has {data.nbytes} bytes where {kind.name} of shape {list(shape)} needs {expected}")
+    if data.size != expected:
+        raise WeightsError(f"has {data.size} bytes where {kind.name} of shape {list(shape)} needs {expected}")

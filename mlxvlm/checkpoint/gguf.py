@@ -37,10 +37,10 @@ _NUMBERS = {
     if code
 }
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-# The least that an entry takes: a length, a type, a value; a length, a rank, a type, an offset.
+# The least bytes of entries: a length, a type, a value; a length, a rank, a type, an offset; a type, a length.
 _LEAST_VALUE = 8 + 4 + 1
 _LEAST_TENSOR = 8 + 4 + 4 + 8
-_LEAST_ELEMENT = {_STRING: 8, _ARRAY: 4 + 8}
+_LEAST_ARRAY = 4 + 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,9 @@ class GGUFFile:
     def _add(self, number: int, path: Path) -> None:
         header = _Header(path, self._streams[number], number)
         metadata, tensors = header.read()
-        if _integer(path, metadata, "split.count", 1) not in (0, len(self.parts)):
+        if _integer(path, metadata, "split.count", len(self.parts)) not in (0, len(self.parts)):
             count = metadata["split.count"]
-            raise WeightsError(
-                f"{path} is one of {count} parts; the first's name must end in -00001-of-{count:05}.gguf"
-            )
+            raise WeightsError(f"{path} is one of {count} parts; its name must be as ...-00001-of-{count:05}.gguf")
         if _integer(path, metadata, "split.no", number) != number:
             raise WeightsError(f"{path} is part {metadata['split.no']} by its contents, {number} by its name")
         if again := self.tensors.keys() & tensors.keys():
@@ -167,9 +165,9 @@ class _Header:
 
     def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         """Metadata and tensors by name."""
-        if self._size < len(_MAGIC):
-            self._fail("is no GGUF file: it is too short")
-        with mmap.mmap(self._stream.fileno(), self._size, access=mmap.ACCESS_READ) as self._map:
+        if not self._size:
+            self._fail("is no GGUF file: it is empty")
+        with self._mapped() as self._map:
             self._check_start()
             tensor_count, value_count = self._number(_U64), self._number(_U64)
             self._room(value_count * _LEAST_VALUE + tensor_count * _LEAST_TENSOR)
@@ -183,6 +181,12 @@ class _Header:
             if alignment < 1 or alignment & (alignment - 1):
                 self._fail(f"has an alignment of {alignment}, which is no power of two")
             return metadata, self._tensors(tensor_count, alignment)
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(self._stream.fileno(), self._size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # a file system without maps; a file that has shrunk meanwhile
+            raise ModelError(f"{self._path} can't be mapped into memory: {error}") from error
 
     def _check_start(self) -> None:
         if self._map[: len(_MAGIC)] != _MAGIC:
@@ -238,7 +242,7 @@ class _Header:
         if kind == _STRING:
             return self._strings(1)[0]
         if kind != _ARRAY:
-            self._fail(f"is damaged: no value has the type {kind}")
+            self._fail_type(kind)
         if depth == _MAX_DEPTH:
             self._fail("is damaged: its arrays are nested too deeply")
         element, count = self._number(_U32), self._number(_U64)
@@ -246,7 +250,9 @@ class _Header:
             return self._numbers(element, count)
         if element == _STRING:
             return self._strings(count)
-        self._room(count * _LEAST_ELEMENT.get(element, 1))
+        if element != _ARRAY:
+            self._fail_type(element)
+        self._room(count * _LEAST_ARRAY)
         return [self._value(element, depth + 1) for _ in range(count)]
 
     def _numbers(self, kind: int, count: int) -> NDArray[Any]:
@@ -264,7 +270,6 @@ class _Header:
             self._fail("is damaged: a name is no UTF-8")
 
     def _strings(self, count: int, errors: str = "replace") -> list[str]:
-        self._room(count * _LEAST_ELEMENT[_STRING])
         data, at, end, strings = self._map, self._at, self._end, []
         for _ in range(count):
             start = at + _U64.size
@@ -285,6 +290,9 @@ class _Header:
         if size > self._end - self._at:
             limit = "its end" if self._end == self._size else f"{_HEADER_LIMIT >> 20} MiB"
             self._fail(f"is damaged or cut off: its header goes on behind {limit}; fetch it again")
+
+    def _fail_type(self, kind: int) -> NoReturn:
+        self._fail(f"is damaged: no value has the type {kind}")
 
     def _fail(self, problem: str) -> NoReturn:
         raise WeightsError(f"{self._path} {problem}")

@@ -14,10 +14,9 @@ from mlxvlm.checkpoint.hub import resolve
 from mlxvlm.errors import ModelNotFoundError
 from mlxvlm.families import NONSENSE, Family, family_of, senseless
 from mlxvlm.processors.base import Processor
-from mlxvlm.processors.files import ProcessorFiles, read_json, template_file
+from mlxvlm.processors.files import ProcessorFiles, context_length, read_json, template_file
 
 _GGUF = ".gguf"
-DEFAULT_CONTEXT = 2048  # LlamaConfig's, where a partial text_config leaves it out
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,21 @@ class GenerationDefaults:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How the weights become a model. Names as users give them: they are looked up where MLX is.
+
+    isq: a type's name (see docs/quantisation.md); isq_tower: the vision tower's layers too; topology: a YAML file of
+    types by layer. isq_cache: the folder that keeps what was quantised, None for none.
+    """
+
+    dtype: str = "auto"
+    isq: str | int | None = None
+    isq_tower: bool = False
+    topology: Path | None = None
+    isq_cache: Path | None = None
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A checkpoint whose small files are read and whose weights are not."""
@@ -62,15 +76,11 @@ class ModelSource:
     max_context: int
     read: Callable[[], dict[str, Any]] | None = None  # tensors that don't lie in `folder` as safetensors
 
-    def build(self, dtype: str, progress: Any) -> Any:
+    def build(self, options: LoadOptions, progress: Any) -> Any:
         """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
-        from mlxvlm.checkpoint.bind import bind
-        from mlxvlm.checkpoint.weights import read_weights
+        from mlxvlm.checkpoint.build import build
 
-        weights = self.read() if self.read else read_weights(self.folder)
-        model = self.family.build_model(self.config)
-        bind(model, weights, dtype, progress)
-        return model
+        return build(self.folder, self.config, self.family, options, progress, self.read)
 
 
 def open_model(
@@ -92,9 +102,8 @@ def open_model(
     family = family_of(config)
     try:
         files = ProcessorFiles.read(folder, config, chat_template)
-        text_config = config.get("text_config") or config
         processor = cast(Processor, family.processor_module().build(files))
-        max_context = int(text_config.get("max_position_embeddings", DEFAULT_CONTEXT))
+        max_context = context_length(config)
         defaults = GenerationDefaults.from_configs(read_json(folder / "generation_config.json"), config)
     except NONSENSE as error:
         raise senseless(f"a config in {folder}", error) from error
@@ -112,8 +121,7 @@ def _open_gguf(name: str, path: Path, mmproj: Path | None, chat_template: Path |
     family = family_of(model.config)
     try:
         processor = cast(Processor, family.processor_module().build(model.files))
-        text_config = model.config.get("text_config") or model.config
-        max_context = int(text_config["max_position_embeddings"])
+        max_context = context_length(model.config)
         defaults = GenerationDefaults.from_configs({}, model.config)
     except NONSENSE as error:
         raise senseless(f"the metadata of {path}", error) from error

@@ -57,14 +57,14 @@ class _Place:
     def named(self, names: list[str]) -> list[Path]:
         """These files, those that are there."""
         folder = self._folder(names)
-        return [folder / name for name in names if (folder / name).is_file()]
+        return [folder / name for name in names if os.path.isfile(folder / name)]
 
     def series(self, stem: str) -> list[Path]:
         """`stem`-0.uqff, -1 and so on, up to the first that lacks; else `stem`.uqff."""
         if not _SAFE.fullmatch(stem):
             return []
         folder = self._folder([f"{stem}-[0-9]*{SUFFIX}", f"{stem}{SUFFIX}"])
-        return _siblings(folder, stem) or [file for file in [folder / f"{stem}{SUFFIX}"] if file.is_file()]
+        return _siblings(folder, stem) or [file for file in [folder / f"{stem}{SUFFIX}"] if os.path.isfile(file)]
 
     def _folder(self, patterns: list[str]) -> Path:
         if is_on_disk(self.model):
@@ -75,7 +75,7 @@ class _Place:
 def _find(name: str, place: _Place) -> list[Path]:
     path = Path(os.path.expanduser(name))
     # os.path, as Path's own questions raise on names that no file can have.
-    if os.path.isdir(path):
+    if name and os.path.isdir(path):
         return _only_series(path)
     if os.path.isfile(path):
         return _siblings(path.parent, _stem(path.name)) or [path]
@@ -109,7 +109,7 @@ def _stem(file: str) -> str:
 
 def _siblings(folder: Path, stem: str) -> list[Path]:
     files: list[Path] = []
-    while (file := folder / f"{stem}-{len(files)}{SUFFIX}").is_file():
+    while os.path.isfile(file := folder / f"{stem}-{len(files)}{SUFFIX}"):
         files.append(file)
     return files
 

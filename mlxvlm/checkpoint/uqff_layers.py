@@ -116,13 +116,7 @@ def _check(tensor: Tensor, dtype: str, shape: tuple[int, ...], name: str) -> Non
 def _gguf(conversion: Conversion, path: str, parts: Parts) -> None:
     kind, shape = ggml.ggml_type(_number(parts, "dtype", "U32")), shape_of(parts)
     _check(parts[""], "U8", (ggml.nbytes(kind, shape),), "weight")
-    data = parts[""].data
-    if kind.name in FLOATS:
-        conversion.plain(f"{path}.weight", Tensor(kind.name, shape, data).mlx())
-    elif packed := ggml.repack(data, kind, shape):
-        conversion.exact(path, packed)
-    else:
-        conversion.inexact(path, ggml.dequantize(data, kind, shape), kind.name)
+    conversion.ggml(path, parts[""].data, kind, shape)
 
 
 def _unquant(conversion: Conversion, path: str, parts: Parts) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mlxvlm.checkpoint.load import LoadOptions
     from mlxvlm.engine.params import SamplingParams
     from mlxvlm.engine.request import Usage
 
@@ -36,6 +37,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantisation_options(parser: argparse.ArgumentParser) -> None:
+    """--isq and its kin."""
+    group = parser.add_argument_group("quantisation while loading (types: docs/quantisation.md)")
+    group.add_argument("--isq", metavar="TYPE", help="2 3 4 5 6 8, Q4K, Q8_0, AFQ4, mxfp4 ..., or bits@group like 4@32")
+    group.add_argument("--isq-vision", action="store_true", help="the vision tower's layers too")
+    group.add_argument("--topology", type=Path, metavar="FILE", help="a YAML file of types by layer")
+    group.add_argument(
+        "--isq-cache", type=Path, metavar="DIR", help="keep quantised models here (default: the system's cache folder)"
+    )
+    group.add_argument("--no-isq-cache", action="store_true", help="quantise anew at every start, keep nothing")
+
+
+def load_options(args: argparse.Namespace) -> LoadOptions:
+    """What add_model_options and add_quantisation_options gave."""
+    from mlxvlm.checkpoint.load import LoadOptions
+    from mlxvlm.runner import cache_folder
+
+    folder = cache_folder(False if args.no_isq_cache else args.isq_cache or True)
+    return LoadOptions(args.dtype, args.isq, args.isq_vision, args.topology, folder)
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """--temperature and its kin; what is not given comes from the checkpoint."""
     group = parser.add_argument_group("sampling (defaults come from the checkpoint's generation_config.json)")
@@ -51,6 +73,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     group.add_argument(
         "--max-tokens", type=int, default=max_tokens, metavar="N", help="longest answer (default: %(default)s)"
     )
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """--min-pixels and --max-pixels."""
+    group = parser.add_argument_group("image sizes (models that take pictures of any size: Qwen2-VL)")
+    group.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures whose width x height is less")
+    group.add_argument("--max-pixels", type=int, metavar="N", help="shrink those beyond it: fewer tokens, less detail")
 
 
 def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:

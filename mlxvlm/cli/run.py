@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mlxvlm.cli.options import add_model_options, add_sampling_options, figures, sampling_params
+from mlxvlm.cli.options import (
+    add_image_options,
+    add_model_options,
+    add_quantisation_options,
+    add_sampling_options,
+    figures,
+    load_options,
+    sampling_params,
+)
 from mlxvlm.cli.progress import byte_bar
 from mlxvlm.errors import InputError, UsageError
 
@@ -56,6 +64,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
     parser.add_argument("-q", "--quiet", action="store_true", help="no figures on stderr")
     add_model_options(parser)
+    add_quantisation_options(parser)
+    add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
     parser.set_defaults(execute=execute)
 
@@ -64,6 +74,7 @@ def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
     from mlxvlm.checkpoint.load import open_model
     from mlxvlm.engine.request import Request
+    from mlxvlm.messages import ImageOptions
     from mlxvlm.runner import sampling_defaults, start
 
     messages = _messages(args)
@@ -71,9 +82,9 @@ def execute(args: argparse.Namespace) -> int:
     sampling = sampling_params(args, sampling_defaults(source))
     # Before the weights: a mistyped path should not cost a minute of loading.
     begun = time.perf_counter()
-    prompt = source.processor(messages)
+    prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
     prepare_s = time.perf_counter() - begun
-    with byte_bar("loading") as progress, start(source, dtype=args.dtype, progress=progress) as engine:
+    with byte_bar("loading") as progress, start(source, load_options(args), progress) as engine:
         request = Request(messages, sampling, prompt=prompt)
         answer = _print_json if args.json else _print_stream
         return answer(args, engine, request, prepare_s)

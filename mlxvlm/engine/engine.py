@@ -28,7 +28,7 @@ from mlxvlm.engine.sequence import Phase, Sequence
 from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, MlxvlmError
 from mlxvlm.models.base import VisionLanguageModel
-from mlxvlm.processors.base import Processor, Prompt
+from mlxvlm.processors.base import Processor, Prompt, check_messages
 
 Command: TypeAlias = Callable[[], None]
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
@@ -45,6 +45,7 @@ class EngineConfig:
     max_rows: int = 16
     prefill_chunk: int = 2048
     prefill_chunk_while_decoding: int = 256  # a long prompt must not stall running streams
+    max_images: int = 64  # of one request
     num_workers: int = 2  # threads that prepare prompts and images
 
 
@@ -87,7 +88,7 @@ class Engine:
             if self._closing.is_set():
                 raise EngineClosedError("the engine is closed")
             self._open[sequence.id] = sequence
-            prepared = self._pool.submit(_prepare, self.processor, request)
+            prepared = self._pool.submit(_prepare, self.processor, request, self.config.max_images)
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
         return stream
 
@@ -268,8 +269,14 @@ class Engine:
         self._runner.drop(sequence)
 
 
-def _prepare(processor: Processor, request: Request) -> Prompt:
-    return request.prompt or processor(request.messages, request.template)
+def _prepare(processor: Processor, request: Request, max_images: int) -> Prompt:
+    if request.prompt is not None:
+        return request.prompt
+    check_messages(request.messages)
+    num_images = sum(len(message.images) for message in request.messages)
+    if num_images > max_images:
+        raise InputError(f"the request has {num_images} images, but the limit is {max_images}: send fewer")
+    return processor(request.messages, request.template, request.image_options)
 
 
 def _as_failure(error: BaseException) -> MlxvlmError:

@@ -7,22 +7,25 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from mlxvlm.engine.params import SamplingParams
-from mlxvlm.messages import Message
-from mlxvlm.processors.base import Prompt
+from mlxvlm.messages import ImageOptions, Message
+from mlxvlm.processors.base import AS_THE_CHECKPOINT, Prompt
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question. `sampling` None: as the checkpoint itself says. `template` holds extra variables for its template.
+    """One question.
 
-    `prompt` is for callers that have run the processor themselves: the messages are then not looked at.
+    sampling: None for what the checkpoint itself says. template: extra variables for its chat template.
+    image_options: how its pictures are resized, for models that let a request choose.
+    prompt: for callers that have run the processor themselves; the messages are then not looked at.
     """
 
     messages: Sequence[Message] = ()
     sampling: SamplingParams | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
+    image_options: ImageOptions = AS_THE_CHECKPOINT
     prompt: Prompt | None = field(default=None, repr=False)
 
 

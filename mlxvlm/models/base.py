@@ -29,6 +29,18 @@ class KVSpec:
         return 2 * self.num_kv_heads * self.head_dim * int(dtype.size)
 
 
+@dataclass(frozen=True, slots=True)
+class QuantPaths:
+    """Where in a model in-situ quantisation works, as module paths; what lies elsewhere stays as it is.
+
+    decoder: has `layers` and `embed_tokens`. tower: the vision tower's layers, quantised on request only.
+    """
+
+    decoder: str
+    head: str
+    tower: str
+
+
 def check_numbers(config: Any) -> None:
     """Raises ValueError naming each int or float field of a config dataclass that is no positive number.
 
@@ -88,6 +100,7 @@ class VisionLanguageModel(Protocol):
 
     kv_specs: Sequence[KVSpec]
     vocab_size: int
+    quant_paths: QuantPaths
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
         """Features [N, D] of each image, N its number of placeholders."""
@@ -110,7 +123,14 @@ class VisionLanguageModel(Protocol):
         ...
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Any known checkpoint layout -> this model's names and shapes. A second call changes nothing."""
+        """Any known checkpoint layout -> this model's names and shapes, each tensor on its own.
+
+        A second call changes nothing.
+        """
+        ...
+
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        """One of this model's tensors under the name and in the shape of MLX-community checkpoints."""
         ...
 
 

@@ -20,6 +20,7 @@ from mlxvlm.models.base import (
     Cache,
     Inputs,
     KVSpec,
+    QuantPaths,
     RowState,
     check_numbers,
     is_buffer,
@@ -63,8 +64,8 @@ class Config:
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
         text = config.get("text_config")
         return cls(
-            # The reference's own default text config has another eps than a partial one.
-            text=DecoderConfig.from_dict(text or {"rms_norm_eps": 1e-5}),
+            # The reference's own default text config has another eps than a partial one, be it empty.
+            text=DecoderConfig.from_dict({"rms_norm_eps": 1e-5} if text is None else text),
             vision=VisionConfig.from_dict(config.get("vision_config") or {}, VISION_DEFAULTS),
             image_token_id=config.get("image_token_id", 128257),
             scale_factor=config.get("scale_factor", 2),
@@ -153,6 +154,8 @@ class Backbone(nn.Module):
 class Model(nn.Module):
     """A VisionLanguageModel."""
 
+    quant_paths = QuantPaths(decoder="model.text_model", head="lm_head", tower="model.vision_model.encoder.layers")
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.model = Backbone(config)
@@ -206,12 +209,22 @@ class Model(nn.Module):
             named[conv] = to_channels_last(named[conv], self._config.vision.num_channels)
         return {name: array for name, array in named.items() if not is_buffer(name)}
 
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        return renamed(name, _PUBLISHED), array
+
 
 _RENAMES = (
     # mlx-vlm puts the head inside the language model and drops the decoder's own `model.`.
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.(?:model\.)?"), "model.text_model."),
     (re.compile(r"^(vision_model|connector)\."), r"model.\1."),
+)
+
+
+_PUBLISHED = (
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^model\.text_model\."), "language_model."),
+    (re.compile(r"^model\.(vision_model|connector)\."), r"\1."),
 )
 
 

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, check_numbers, merge_features
+from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers, merge_features
 from mlxvlm.models.decoder import Attention, Decoder, DecoderConfig
 from mlxvlm.models.experts import Experts
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
@@ -401,6 +401,12 @@ class LanguageModel(nn.Module):
 class Model(nn.Module):
     """A VisionLanguageModel."""
 
+    quant_paths = QuantPaths(
+        decoder="language_model.model",
+        head="language_model.lm_head",
+        tower="vision_model.model.layers",
+    )
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.vision_model = VisionModel(config.vision)
@@ -447,6 +453,9 @@ class Model(nn.Module):
             if not name.endswith(_BUFFERS):
                 ours |= _split_experts(name, array)
         return ours
+
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        return name, array
 
 
 # Values that old releases stored and every release recomputes.

@@ -20,6 +20,7 @@ from mlxvlm.models.base import (
     Cache,
     Inputs,
     KVSpec,
+    QuantPaths,
     RowState,
     check_numbers,
     is_buffer,
@@ -241,6 +242,12 @@ def pack_tiles(features: mx.array, layout: Sequence[int], newline: mx.array) -> 
 class Model(nn.Module):
     """A VisionLanguageModel."""
 
+    quant_paths = QuantPaths(
+        decoder="language_model.model",
+        head="language_model.lm_head",
+        tower="vision_tower.vision_model.encoder.layers",
+    )
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.vision_tower = VisionTower(config)
@@ -309,6 +316,9 @@ class Model(nn.Module):
             # Layers that the config does not know stay, and are refused by name.
             return max(self._config.feature_layers) <= int(layer[1]) < self._config.vision.num_hidden_layers
         return name.startswith((f"{_TOWER}post_layernorm.", f"{_TOWER}head."))
+
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        return name, array
 
 
 _TOWER = "vision_tower.vision_model."

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, check_numbers
+from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers, renamed
 from mlxvlm.models.decoder import DecoderConfig, DecoderLayer
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
 from mlxvlm.models.rope import RoPE, rope_parameters
@@ -413,6 +413,8 @@ class LanguageModel(nn.Module):
 class Model(nn.Module):
     """A VisionLanguageModel."""
 
+    quant_paths = QuantPaths(decoder="language_model.model", head="language_model.lm_head", tower="vision_model")
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.vision_model = VisionModel(config.vision)
@@ -470,11 +472,14 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub names are ours; transformers 5's own and MLX-community's have other prefixes."""
-        renamed = {_our_name(name): array for name, array in weights.items()}
+        ours = {renamed(name, _RENAMES): array for name, array in weights.items()}
         conv = "vision_model.patch_embedding.weight"
-        if conv in renamed:
-            renamed[conv] = to_channels_last(renamed[conv], self._config.vision.num_channels)
-        return renamed
+        if conv in ours:
+            ours[conv] = to_channels_last(ours[conv], self._config.vision.num_channels)
+        return ours
+
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        return renamed(name, _PUBLISHED), array
 
 
 def visible_images(starts: Sequence[int], length: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -502,12 +507,7 @@ _RENAMES = (
 )
 
 
-def _our_name(name: str) -> str:
-    for pattern, replacement in _RENAMES:
-        name, count = pattern.subn(replacement, name)
-        if count:
-            return name
-    return name
+_PUBLISHED = ((re.compile(r"^vision_model\."), "vision_tower."),)
 
 
 def build(config: Mapping[str, Any]) -> Model:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, check_numbers, merge_features
+from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers, merge_features, renamed
 from mlxvlm.models.decoder import Decoder, DecoderConfig
 from mlxvlm.models.layers import join_heads, split_heads
 from mlxvlm.models.rope import MRoPE, Rotation, inverse_frequencies, rope_parameters, rotation
@@ -237,6 +237,8 @@ def mrope_positions(prompt: Prompt, merge: int) -> tuple[NDArray[np.int32], int]
 class Model(nn.Module):
     """A VisionLanguageModel."""
 
+    quant_paths = QuantPaths(decoder="model", head="lm_head", tower="visual.blocks")
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.visual = VisionTower(config.vision)
@@ -301,20 +303,28 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub names are ours; transformers 5 (in memory) and MLX-community put the parts under other prefixes."""
-        renamed = {
-            _our_name(name): array for name, array in weights.items() if not name.endswith("rotary_emb.inv_freq")
+        ours = {
+            renamed(name, _RENAMES): array
+            for name, array in weights.items()
+            if not name.endswith("rotary_emb.inv_freq")
         }
         if self._config.tie_word_embeddings:
             # Tied checkpoints may store the same matrix twice.
-            renamed = {name: array for name, array in renamed.items() if not name.startswith("lm_head.")}
-        kernel = renamed.get("visual.patch_embed.proj.weight")
+            ours = {name: array for name, array in ours.items() if not name.startswith("lm_head.")}
+        kernel = ours.get(_KERNEL)
         channels, *rest = self._config.vision.patch_shape
         if kernel is not None and kernel.shape[1:] == (*rest, channels) != (channels, *rest):
             # MLX convolutions have the channels last; patches come with the channels first.
-            renamed["visual.patch_embed.proj.weight"] = kernel.transpose(0, 4, 1, 2, 3)
-        return renamed
+            ours[_KERNEL] = kernel.transpose(0, 4, 1, 2, 3)
+        return ours
+
+    def published(self, name: str, array: mx.array) -> tuple[str, mx.array]:
+        if name == _KERNEL:
+            array = array.transpose(0, 2, 3, 4, 1)
+        return renamed(name, _PUBLISHED), array
 
 
+_KERNEL = "visual.patch_embed.proj.weight"
 _RENAMES = (
     # mlx-vlm puts the head inside the language model.
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
@@ -325,12 +335,10 @@ _RENAMES = (
 )
 
 
-def _our_name(name: str) -> str:
-    for pattern, replacement in _RENAMES:
-        name, count = pattern.subn(replacement, name)
-        if count:
-            return name
-    return name
+_PUBLISHED = (
+    (re.compile(r"^(model|lm_head)\."), r"language_model.\1."),
+    (re.compile(r"^visual\."), "vision_tower."),
+)
 
 
 def build(config: Mapping[str, Any]) -> Model:

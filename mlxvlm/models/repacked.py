@@ -26,6 +26,10 @@ class _Repacked(nn.Module):
         self._is_scaled = is_scaled
         self.freeze()
 
+    def _read(self, x: mx.array) -> mx.array:
+        # Before the factor, numbers may be hundreds of times as large: beyond float16.
+        return x.astype(mx.float32) if self._is_scaled and x.dtype == mx.float16 else x
+
     def _finished(self, y: mx.array, dtype: mx.Dtype) -> mx.array:
         # The scale is a float32 array: the product is rounded once, by the cast.
         return (y * self.output_scale if self._is_scaled else y).astype(dtype)
@@ -33,7 +37,7 @@ class _Repacked(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """[..., in] -> [..., out], without a bias."""
         y = mx.quantized_matmul(
-            x,
+            self._read(x),
             self.weight,
             scales=self.scales,
             biases=self.get("biases"),
@@ -74,7 +78,7 @@ class RepackedExpertLinear(_Repacked):
 
     def __call__(self, rows: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
         """[R, 1, D], uint32 [R] -> [R, 1, out] in the input's type."""
-        return self._finished(expert_matmul(self, rows, experts, is_sorted), rows.dtype)
+        return self._finished(expert_matmul(self, self._read(rows), experts, is_sorted), rows.dtype)
 
 
 _TWINS: dict[type[nn.Module], type[_Repacked]] = {

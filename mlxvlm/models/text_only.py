@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, is_buffer
+from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, is_buffer
 from mlxvlm.models.decoder import Decoder, DecoderConfig
 from mlxvlm.processors.base import PreparedImage, Prompt
 
@@ -31,6 +31,8 @@ class Config:
 
 class Model(nn.Module):
     """A VisionLanguageModel that sees nothing."""
+
+    quant_paths = QuantPaths(decoder="model", head="lm_head", tower="vision_tower")  # there is no tower
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol, TypeAlias, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlxvlm.errors import InputError
-from mlxvlm.messages import ImagePart, Message, Part, Role, TextPart
-from mlxvlm.processors.chat_template import ChatTemplate
+from mlxvlm.messages import ImageOptions, ImagePart, Message, Part, Role, TextPart
 from mlxvlm.processors.tokenizer import Tokenizer
 
 ROLES = get_args(Role)
-
-TurnMaker: TypeAlias = Callable[[Message, Sequence[Part]], dict[str, Any]]
+AS_THE_CHECKPOINT = ImageOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +48,12 @@ class Processor(Protocol):
     tokenizer: Tokenizer
     image_token_id: int
 
-    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt: ...
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        template: Mapping[str, Any] | None = None,
+        options: ImageOptions = AS_THE_CHECKPOINT,
+    ) -> Prompt: ...
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -126,22 +128,23 @@ def turn_of_text(message: Message, parts: Sequence[Part], marker: str) -> dict[s
     return {"role": message.role, "content": content}
 
 
-def turn_maker(template: ChatTemplate, marker: str, of_parts: TurnMaker = turn_of_parts) -> TurnMaker:
-    """How this template wants its turns: as the family makes them of parts, or as text with `marker`s."""
-    return partial(turn_of_text, marker=marker) if template.takes_strings else of_parts
+def check_markers(rendered: str, marker: str, num_images: int) -> None:
+    """Raises InputError unless a rendered chat holds exactly one marker for each image."""
+    found = rendered.count(marker)
+    if found > num_images:
+        raise InputError(
+            f"the text has {found} image marker(s) {marker!r} for {num_images} image(s): "
+            "remove markers from the text, or send one image for each"
+        )
+    if found < num_images:
+        raise InputError(
+            f"the chat template gave {found} of {num_images} image(s) a place ({marker!r}): put images into user "
+            "messages, or give a template that takes them with --chat-template FILE"
+        )
 
 
 def expand_placeholders(rendered: str, marker: str, expansions: Sequence[str]) -> str:
-    """Replaces the i-th marker by the i-th expansion, in one pass: expansions may hold the marker again.
-
-    Raises InputError when the counts differ.
-    """
-    found = rendered.count(marker)
-    if found != len(expansions):
-        raise InputError(
-            f"the prompt has {found} image marker(s) {marker!r} for {len(expansions)} image(s); "
-            "remove the marker from the text, or send one image for each"
-        )
+    """Replaces the i-th marker by the i-th expansion, in one pass: expansions may hold the marker again."""
     pieces = iter(expansions)
     return re.sub(re.escape(marker), lambda _: next(pieces), rendered)
 
@@ -153,7 +156,10 @@ def placeholder_spans(token_ids: Sequence[int], image_token_id: int, counts: Seq
     """
     positions = [index for index, token in enumerate(token_ids) if token == image_token_id]
     if len(positions) != sum(counts):
-        raise InputError(f"the prompt has {len(positions)} image tokens where its images fill {sum(counts)}")
+        raise InputError(
+            f"the prompt has {len(positions)} image tokens where its images fill {sum(counts)}: "
+            f"the text itself holds the model's image token (id {image_token_id}), remove it"
+        )
     spans = []
     first = 0
     for count in counts:

@@ -12,6 +12,9 @@ from mlxvlm.errors import ModelError, ModelNotFoundError
 from mlxvlm.processors.chat_template import ChatTemplate
 from mlxvlm.processors.tokenizer import Tokenizer
 
+# max_position_embeddings of transformers' config classes, where a partial config leaves it out.
+_LLAMA_CONTEXT, _QWEN2_CONTEXT, _LATER_CONTEXT = 2048, 32768, 131072
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} if there is no such file; ModelError names a file that is not one."""
@@ -24,6 +27,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object")
     return value
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    """How many positions a model of this config.json was made for."""
+    has_part = bool(config.get("text_config"))
+    text_config = config["text_config"] if has_part else config
+    declared = text_config.get("max_position_embeddings")
+    if declared is not None:
+        return int(declared)
+    kind = str(text_config.get("model_type", "llama") if has_part else config.get("model_type"))
+    if kind == "llama":
+        return _LLAMA_CONTEXT
+    return _QWEN2_CONTEXT if kind.startswith("qwen2") else _LATER_CONTEXT
 
 
 @dataclass(frozen=True)

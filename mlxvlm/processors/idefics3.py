@@ -6,33 +6,19 @@ Source: transformers `Idefics3ImageProcessorPil`, `Idefics3Processor` and their 
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mlxvlm.errors import ModelError
-from mlxvlm.messages import ImagePart, Message
-from mlxvlm.processors.base import (
-    PreparedImage,
-    Prompt,
-    check_messages,
-    expand_placeholders,
-    place_images,
-    placeholder_spans,
-    turn_maker,
-)
+from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
-from mlxvlm.processors.images import load_image
 from mlxvlm.processors.transforms import (
-    RESCALE_FACTOR,
     Normalizer,
-    floats,
     positive,
     resample_of,
     resize,
@@ -122,46 +108,28 @@ def tiled_size(height: int, width: int, tile: int) -> tuple[int, int]:
     return height, width
 
 
-class Idefics3Processor:
-    """Messages to Prompt for both model types. Thread-safe: holds settings only."""
+class Idefics3Processor(FamilyProcessor[ImageSettings]):
+    """Messages to Prompt for both model types."""
 
     def __init__(self, files: ProcessorFiles) -> None:
         config = files.image_processor
-        self.tokenizer = files.tokenizer
-        self.template = files.template(DEFAULT_TEMPLATE)
-        self.settings = ImageSettings.from_config(config)
-        self.normalize = Normalizer(
-            mean=floats(config.get("image_mean", 0.5)),
-            std=floats(config.get("image_std", 0.5)),
-            rescale_factor=config.get("rescale_factor", RESCALE_FACTOR),
-            do_rescale=config.get("do_rescale", True),
-            do_normalize=config.get("do_normalize", True),
-        )
         for token in (FAKE, IMAGE, END_OF_UTTERANCE):
-            self.tokenizer.add_special(token)
-        self.image_token_id = _image_token_id(files)
-        self.tokens_per_frame = _tokens_per_frame(files, self.settings.tile)
-        self._settings_key = repr((self.settings, self.normalize.key)).encode()
+            files.tokenizer.add_special(token)
+        settings = ImageSettings.from_config(config)
+        super().__init__(files, IMAGE, settings, Normalizer.from_config(config), DEFAULT_TEMPLATE)
+        self.tokens_per_frame = _tokens_per_frame(files, settings.tile)
 
-    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
-        """Raises InputError, ImageError or TemplateError."""
-        check_messages(messages)
-        turns = [(message, place_images(message, IMAGE)) for message in messages]
-        make_turn = turn_maker(self.template, IMAGE)
-        rendered = self.template.render([make_turn(message, parts) for message, parts in turns], template)
-        sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
-        images = [self.prepare_image(load_image(source)) for source in sources]
-        expansions = [self._expansion(*layout) for _, layout, _ in images]
-        token_ids = self.tokenizer.encode_prompt(expand_placeholders(rendered, IMAGE, expansions))
-        counts = [len(pixels) * self.tokens_per_frame for pixels, _, _ in images]
-        spans = placeholder_spans(token_ids, self.image_token_id, counts)
-        prepared = [PreparedImage(*image[:2], span, image[2]) for image, span in zip(images, spans, strict=True)]
-        return Prompt(tuple(token_ids), tuple(prepared))
+    def find_image_token(self, files: ProcessorFiles) -> int:
+        found = files.tokenizer.add_special(IMAGE)
+        declared = files.config.get("image_token_id", DEFAULT_IMAGE_TOKEN_ID)
+        if declared != found:
+            raise ModelError(
+                f"config.json says image_token_id {declared}, but the tokenizer's {IMAGE} is token {found}"
+            )
+        return found
 
-    def prepare_image(self, image: Image.Image) -> tuple[NDArray[np.float32], tuple[int, int], bytes]:
-        """RGB -> pixels [frames, 3, side, side], (rows, columns), digest."""
-        settings = self.settings
-        digest = hashlib.sha256(self._settings_key + repr(image.size).encode() + image.tobytes()).digest()
+    def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
+        """RGB -> [frames, 3, side, side], (rows, columns)."""
         if settings.do_resize:
             size = settings.fixed_size
             if settings.longest_edge is not None:
@@ -170,17 +138,21 @@ class Idefics3Processor:
             image = resize(image, *size, settings.resample)
         side = settings.tile
         if not settings.do_split:
-            return self.normalize(resize(image, side, side, settings.resample))[None], (0, 0), digest
+            return self.normalize(resize(image, side, side, settings.resample))[None], (0, 0)
         image = resize(image, *tiled_size(image.height, image.width, side), settings.resample)
         rows, columns = image.height // side, image.width // side
         if rows * columns == 1:
-            return self.normalize(image)[None], (0, 0), digest
+            return self.normalize(image)[None], (0, 0)
         tiles = split_tiles(self.normalize(image), rows, columns)
         overview = self.normalize(resize(image, side, side, settings.resample))
-        return np.concatenate([tiles, overview[None]]), (rows, columns), digest
+        return np.concatenate([tiles, overview[None]]), (rows, columns)
 
-    def _expansion(self, rows: int, columns: int) -> str:
-        """The text that stands for one image. Source: `replace_image_token`."""
+    def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
+        return len(pixels) * self.tokens_per_frame
+
+    def expansion(self, pixels: Pixels, layout: Layout) -> str:
+        """Source: `replace_image_token`."""
+        rows, columns = layout
         frame = IMAGE * self.tokens_per_frame
         overview = f"{FAKE}{GLOBAL}{frame}{FAKE}"
         if not rows:
@@ -190,15 +162,6 @@ class Idefics3Processor:
             for row in range(rows)
         ]
         return "".join(lines) + "\n" + overview
-
-
-def _image_token_id(files: ProcessorFiles) -> int:
-    """The id that features are written over: the model's and the tokenizer's must be the same."""
-    found = files.tokenizer.add_special(IMAGE)
-    declared = files.config.get("image_token_id", DEFAULT_IMAGE_TOKEN_ID)
-    if declared != found:
-        raise ModelError(f"config.json says image_token_id {declared}, but the tokenizer's {IMAGE} is token {found}")
-    return found
 
 
 def _tokens_per_frame(files: ProcessorFiles, tile: int) -> int:

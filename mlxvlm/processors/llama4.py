@@ -6,7 +6,6 @@ row by row, the view of the whole last where there is more than one), layout is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,23 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mlxvlm.errors import ModelError
-from mlxvlm.messages import ImagePart, Message, Part
-from mlxvlm.processors.base import (
-    PreparedImage,
-    Prompt,
-    check_messages,
-    expand_placeholders,
-    place_images,
-    placeholder_spans,
-    turn_of_text,
-)
+from mlxvlm.messages import Message, Part
+from mlxvlm.processors.base import turn_of_text
+from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
-from mlxvlm.processors.images import load_image
 from mlxvlm.processors.transforms import (
-    RESCALE_FACTOR,
     BFloat16Normalizer,
     Normalizer,
-    floats,
     pad_bottom_right,
     positive,
     resample_of,
@@ -121,36 +110,43 @@ def fitted_size(height: int, width: int, canvas: tuple[int, int], settings: Imag
     return fitted[0], fitted[1]
 
 
-class Llama4Processor:
-    """Messages to Prompt. Thread-safe: holds settings only."""
+class Llama4Processor(FamilyProcessor[ImageSettings]):
+    """Messages to Prompt."""
 
     def __init__(self, files: ProcessorFiles) -> None:
-        self.tokenizer = files.tokenizer
-        self.template = files.template()
-        self.settings = ImageSettings.from_config(files.image_processor)
-        self.normalize = _normalizer(files.image_processor)
-        self.image_token_id = _image_token_id(files)
-        self.tokens_per_tile = _tokens_per_tile(files, self.settings.tile)
-        self._settings_key = repr((self.settings, self.normalize.key)).encode()
+        config = files.image_processor
+        settings = ImageSettings.from_config(config)
+        # The reference goes through bfloat16, as training did, only where it does both.
+        does_both = config.get("do_rescale", True) and config.get("do_normalize", True)
+        normalizer = BFloat16Normalizer if does_both else Normalizer
+        super().__init__(files, IMAGE, settings, normalizer.from_config(config))
+        self.tokens_per_tile = _tokens_per_tile(files, settings.tile)
 
-    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
-        """Raises InputError, ImageError or TemplateError."""
-        check_messages(messages)
-        turns = [(message, place_images(message, IMAGE)) for message in messages]
-        rendered = self.template.render([_turn(message, parts) for message, parts in turns], template)
-        sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
-        images = [self.prepare_image(load_image(source)) for source in sources]
-        expansions = [self._expansion(*layout) for _, layout, _ in images]
-        token_ids = self.tokenizer.encode_prompt(expand_placeholders(rendered, IMAGE, expansions))
-        counts = [len(pixels) * self.tokens_per_tile for pixels, _, _ in images]
-        spans = placeholder_spans(token_ids, self.image_token_id, counts)
-        prepared = [PreparedImage(*image[:2], span, image[2]) for image, span in zip(images, spans, strict=True)]
-        return Prompt(tuple(token_ids), tuple(prepared))
+    def find_image_token(self, files: ProcessorFiles) -> int:
+        for token in (IMAGE, PATCH, IMAGE_START, IMAGE_END, TILE_X, TILE_Y):
+            if files.tokenizer.token_id(token) is None:
+                raise ModelError(f"the tokenizer has no token {token}")
+        found = files.tokenizer.token_id(PATCH)
+        assert found is not None
+        declared = files.config.get("image_token_index", files.config.get("image_token_id", 200092))
+        if declared != found:
+            raise ModelError(f"config.json says image_token_index {declared}, but {PATCH} is token {found}")
+        return found
 
-    def prepare_image(self, image: Image.Image) -> tuple[NDArray[np.float32], tuple[int, int], bytes]:
-        """RGB -> pixels [tiles, 3, side, side], (rows, columns), digest."""
-        settings = self.settings
-        digest = hashlib.sha256(self._settings_key + repr(image.size).encode() + image.tobytes()).digest()
+    def turn(self, message: Message, parts: Sequence[Part]) -> dict[str, Any]:
+        """Content always as one string, which the template prints as it is.
+
+        Of a list it reads the first part of a system turn only, and in front of tools it prints the list's Python repr.
+        """
+        turn = turn_of_text(message, parts, IMAGE)
+        if message.tool_calls:
+            # The template writes arguments as JSON itself.
+            calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in message.tool_calls]
+            turn["tool_calls"] = [{"function": call} for call in calls]
+        return turn
+
+    def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
+        """RGB -> [tiles, 3, side, side], (rows, columns)."""
         canvas = best_canvas(image.height, image.width, settings)
         size = fitted_size(image.height, image.width, canvas, settings)
         # Padding is black before normalising, not zero after it.
@@ -158,55 +154,20 @@ class Llama4Processor:
         rows, columns = canvas[0] // settings.tile, canvas[1] // settings.tile
         tiles = split_tiles(self.normalize(padded), rows, columns)
         if rows * columns == 1:
-            return tiles, (rows, columns), digest
+            return tiles, (rows, columns)
         # The whole picture, squeezed into one tile without regard to its aspect.
         overview = self.normalize(resize(image, settings.tile, settings.tile, settings.resample))
-        return np.concatenate([tiles, overview[None]]), (rows, columns), digest
+        return np.concatenate([tiles, overview[None]]), (rows, columns)
 
-    def _expansion(self, rows: int, columns: int) -> str:
-        """The text that stands for one image. Source: `_prompt_split_image`."""
+    def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
+        return len(pixels) * self.tokens_per_tile
+
+    def expansion(self, pixels: Pixels, layout: Layout) -> str:
+        """Source: `_prompt_split_image`."""
+        rows, columns = layout
         tile = PATCH * self.tokens_per_tile
         row = TILE_X.join([tile] * columns) + TILE_Y
         return f"{IMAGE_START}{row * rows if rows * columns > 1 else ''}{IMAGE}{tile}{IMAGE_END}"
-
-
-def _turn(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
-    """Content always as one string, which the template prints as it is.
-
-    Of a list it reads the first part of a system turn only, and in front of tools it prints the list's Python repr.
-    """
-    turn = turn_of_text(message, parts, IMAGE)
-    if message.tool_calls:
-        # The template writes arguments as JSON itself.
-        calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in message.tool_calls]
-        turn["tool_calls"] = [{"function": call} for call in calls]
-    return turn
-
-
-def _normalizer(config: Mapping[str, Any]) -> Normalizer:
-    rescales, normalizes = config.get("do_rescale", True), config.get("do_normalize", True)
-    # The reference goes through bfloat16, as training did, only where it does both.
-    kind = BFloat16Normalizer if rescales and normalizes else Normalizer
-    return kind(
-        mean=floats(config.get("image_mean", 0.5)),
-        std=floats(config.get("image_std", 0.5)),
-        rescale_factor=config.get("rescale_factor", RESCALE_FACTOR),
-        do_rescale=rescales,
-        do_normalize=normalizes,
-    )
-
-
-def _image_token_id(files: ProcessorFiles) -> int:
-    """The id that features are written over: the model's and the tokenizer's must be the same."""
-    for token in (IMAGE, PATCH, IMAGE_START, IMAGE_END, TILE_X, TILE_Y):
-        if files.tokenizer.token_id(token) is None:
-            raise ModelError(f"the tokenizer has no token {token}")
-    found = files.tokenizer.token_id(PATCH)
-    assert found is not None
-    declared = files.config.get("image_token_index", files.config.get("image_token_id", 200092))
-    if declared != found:
-        raise ModelError(f"config.json says image_token_index {declared}, but {PATCH} is token {found}")
-    return found
 
 
 def _tokens_per_tile(files: ProcessorFiles, tile: int) -> int:

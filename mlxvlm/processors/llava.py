@@ -8,31 +8,22 @@ the bottom, the left and the right of their joint grid.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mlxvlm.errors import ModelError
-from mlxvlm.messages import ImagePart, Message, Part
-from mlxvlm.processors.base import (
-    PreparedImage,
-    Prompt,
-    check_messages,
-    expand_placeholders,
-    place_images,
-    placeholder_spans,
-    turn_maker,
-)
+from mlxvlm.messages import Message, Part, TextPart
+from mlxvlm.processors.base import turn_of_parts, turn_of_text
+from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
-from mlxvlm.processors.images import load_image
 from mlxvlm.processors.transforms import (
-    RESCALE_FACTOR,
+    CLIP_MEAN,
+    CLIP_STD,
     Normalizer,
     floats,
     positive,
@@ -41,13 +32,8 @@ from mlxvlm.processors.transforms import (
     split_tiles,
 )
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # (height, width) in pixels; the reference's own list.
 DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-
-Frames = NDArray[np.float32]  # [frames, 3, side, side]
-Layout = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -85,7 +71,7 @@ class Tower:
 class View(Protocol):
     """How a picture becomes frames, and how many tokens they are."""
 
-    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Frames, Layout]: ...
+    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Pixels, Layout]: ...
 
     def num_tokens(self, layout: Layout) -> int: ...
 
@@ -130,7 +116,7 @@ class SingleView:
             resample=resample_of(config, Image.Resampling.BICUBIC),
         )
 
-    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Frames, Layout]:
+    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Pixels, Layout]:
         if self.pad_color is not None:
             image = _pad(image, max(image.size), max(image.size), self.pad_color)
         if self.fixed_size is not None:
@@ -172,7 +158,7 @@ class AnyRes:
             raise ModelError(f"image_grid_pinpoints {canvases} are no multiples of the tile's {side} pixels")
         return cls(tower, canvases, resample_of(config, Image.Resampling.BICUBIC))
 
-    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Frames, Layout]:
+    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Pixels, Layout]:
         side = self.tower.image_size
         whole = normalize(resize(image, side, side, self.resample))
         canvas = best_canvas(image.height, image.width, self.pinpoints)
@@ -241,68 +227,46 @@ def _both_sides(size: Any) -> tuple[int, int]:
     return positive(sides["height"], "height"), positive(sides["width"], "width")
 
 
-class LlavaProcessor:
-    """Messages to Prompt for both model types. Thread-safe: holds settings only."""
+class LlavaProcessor(FamilyProcessor[View]):
+    """Messages to Prompt for both model types."""
 
     def __init__(self, files: ProcessorFiles) -> None:
         config = files.image_processor
-        self.tokenizer = files.tokenizer
-        self.template = files.template()
-        tower = Tower.from_config(files.config)
-        self.view: View
-        if files.config.get("model_type") == "llava_next":
-            self.view = AnyRes.from_config(config, tower, files.config.get("image_grid_pinpoints"))
-        else:
-            self.view = SingleView.from_config(config, tower)
         is_siglip = str(config.get("image_processor_type", "")).startswith("Siglip")
-        self.normalize = Normalizer(
-            mean=floats(config.get("image_mean", 0.5 if is_siglip else CLIP_MEAN)),
-            std=floats(config.get("image_std", 0.5 if is_siglip else CLIP_STD)),
-            rescale_factor=config.get("rescale_factor", RESCALE_FACTOR),
-            do_rescale=config.get("do_rescale", True),
-            do_normalize=config.get("do_normalize", True),
-        )
-        self.image_token = str(files.processor.get("image_token", "<image>"))
-        self.image_token_id = self.tokenizer.add_special(self.image_token)
-        expected = files.config.get("image_token_index", files.config.get("image_token_id", 32000))
-        if self.image_token_id != expected:
-            raise ModelError(f"the tokenizer's {self.image_token} is {self.image_token_id}, config.json's {expected}")
-        self._settings_key = repr((self.view, self.normalize.key)).encode()
+        mean, std = (0.5, 0.5) if is_siglip else (CLIP_MEAN, CLIP_STD)
+        marker = str(files.processor.get("image_token", "<image>"))
+        super().__init__(files, marker, _view_of(files), Normalizer.from_config(config, mean, std))
 
-    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
-        """Raises InputError, ImageError or TemplateError."""
-        check_messages(messages)
-        turns = [(message, place_images(message, self.image_token)) for message in messages]
-        make_turn = turn_maker(self.template, self.image_token, _turn)
-        rendered = self.template.render([make_turn(message, parts) for message, parts in turns], template)
-        sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
-        images = [self.prepare_image(load_image(source)) for source in sources]
-        counts = [self.view.num_tokens(layout) for _, layout, _ in images]
-        expansions = [self.image_token * count for count in counts]
-        token_ids = self.tokenizer.encode_prompt(expand_placeholders(rendered, self.image_token, expansions))
-        spans = placeholder_spans(token_ids, self.image_token_id, counts)
-        prepared = [PreparedImage(*image[:2], span, image[2]) for image, span in zip(images, spans, strict=True)]
-        return Prompt(tuple(token_ids), tuple(prepared))
+    def find_image_token(self, files: ProcessorFiles) -> int:
+        found = files.tokenizer.add_special(self.marker)
+        declared = files.config.get("image_token_index", files.config.get("image_token_id", 32000))
+        if declared != found:
+            raise ModelError(f"the tokenizer's {self.marker} is {found}, config.json's {declared}")
+        return found
 
-    def prepare_image(self, image: Image.Image) -> tuple[Frames, Layout, bytes]:
-        """RGB -> pixels [frames, 3, side, side], layout, digest."""
-        digest = hashlib.sha256(self._settings_key + repr(image.size).encode() + image.tobytes()).digest()
-        return (*self.view(image, self.normalize), digest)
+    def turn(self, message: Message, parts: Sequence[Part]) -> dict[str, Any]:
+        """Content always as parts where it is no string: these templates drop plain strings silently.
+
+        Of system and assistant turns some print the first part only, so their text is one part.
+        """
+        if self.template.takes_strings:
+            return turn_of_text(message, parts, self.marker)
+        if message.role != "user":
+            parts = [*([TextPart(message.text)] if message.text else []), *message.images]
+        return turn_of_parts(message, parts)
+
+    def to_pixels(self, image: Image.Image, settings: View) -> tuple[Pixels, Layout]:
+        return settings(image, self.normalize)
+
+    def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
+        return self.settings.num_tokens(layout)
 
 
-def _turn(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
-    """Content always as parts: these templates drop plain strings silently.
-
-    Of system and assistant turns some print the first part only, so their text is one part.
-    """
-    content: list[dict[str, Any]] = []
-    if message.role == "user":
-        content = [
-            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in parts
-        ]
-    else:
-        content = [{"type": "text", "text": message.text}] + [{"type": "image"} for _ in message.images]
-    return {"role": message.role, "content": content or [{"type": "text", "text": ""}]}
+def _view_of(files: ProcessorFiles) -> View:
+    tower = Tower.from_config(files.config)
+    if files.config.get("model_type") == "llava_next":
+        return AnyRes.from_config(files.image_processor, tower, files.config.get("image_grid_pinpoints"))
+    return SingleView.from_config(files.image_processor, tower)
 
 
 def build(files: ProcessorFiles) -> LlavaProcessor:

@@ -7,33 +7,21 @@ decoder looks at pictures through cross-attention, nothing is expanded.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mlxvlm.errors import ModelError
-from mlxvlm.messages import ImagePart, Message, Part
-from mlxvlm.processors.base import (
-    PreparedImage,
-    Prompt,
-    check_messages,
-    expand_placeholders,
-    place_images,
-    placeholder_spans,
-    turn_maker,
-)
+from mlxvlm.messages import Message, Part
+from mlxvlm.processors.base import turn_of_parts, turn_of_text
+from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
-from mlxvlm.processors.images import load_image
 from mlxvlm.processors.transforms import (
-    RESCALE_FACTOR,
     Normalizer,
-    floats,
     positive,
     resample_of,
     resize,
@@ -100,66 +88,42 @@ class ImageSettings:
         )
 
 
-class MllamaProcessor:
-    """Messages to Prompt. Thread-safe: holds settings only."""
+class MllamaProcessor(FamilyProcessor[ImageSettings]):
+    """Messages to Prompt."""
 
     def __init__(self, files: ProcessorFiles) -> None:
         config = files.image_processor
-        self.tokenizer = files.tokenizer
-        self.template = files.template()
-        self.settings = ImageSettings.from_config(config)
-        _check_tower(self.settings, files.config.get("vision_config") or {})
-        self.normalize = Normalizer(
-            mean=floats(config.get("image_mean", 0.5)),
-            std=floats(config.get("image_std", 0.5)),
-            rescale_factor=config.get("rescale_factor", RESCALE_FACTOR),
-            do_rescale=config.get("do_rescale", True),
-            do_normalize=config.get("do_normalize", True),
-        )
-        self.image_token_id = self.tokenizer.add_special(IMAGE)
-        self._settings_key = repr((self.settings, self.normalize.key)).encode()
+        settings = ImageSettings.from_config(config)
+        _check_tower(settings, files.config.get("vision_config") or {})
+        super().__init__(files, IMAGE, settings, Normalizer.from_config(config))
 
-    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
-        """Raises InputError, ImageError or TemplateError."""
-        check_messages(messages)
-        turns = [(message, place_images(message, IMAGE)) for message in messages]
-        make_turn = turn_maker(self.template, IMAGE, _turn)
-        rendered = self.template.render([make_turn(message, parts) for message, parts in turns], template)
-        sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
-        # One token a picture: the text stays as it is, only the counts are compared.
-        expand_placeholders(rendered, IMAGE, [IMAGE] * len(sources))
-        images = [self.prepare_image(load_image(source)) for source in sources]
-        token_ids = self.tokenizer.encode_prompt(rendered)
-        spans = placeholder_spans(token_ids, self.image_token_id, [1] * len(images))
-        prepared = [PreparedImage(*image[:2], span, image[2]) for image, span in zip(images, spans, strict=True)]
-        return Prompt(tuple(token_ids), tuple(prepared))
+    def find_image_token(self, files: ProcessorFiles) -> int:
+        return files.tokenizer.add_special(IMAGE)
 
-    def prepare_image(self, image: Image.Image) -> tuple[NDArray[np.float32], Arrangement, bytes]:
-        """RGB -> pixels [max tiles, 3, side, side], (rows, columns), digest."""
-        tile, max_tiles = self.settings.tile, self.settings.max_tiles
-        digest = hashlib.sha256(self._settings_key + repr(image.size).encode() + image.tobytes()).digest()
+    def turn(self, message: Message, parts: Sequence[Part]) -> dict[str, Any]:
+        """Content as parts only where there is a picture.
+
+        Of a system turn, a tool's answer and a first turn beside tools the template prints whatever it is given, so a
+        list would put its own source text into the prompt.
+        """
+        if self.template.takes_strings or not message.images:
+            return turn_of_text(message, parts, IMAGE)
+        return turn_of_parts(message, parts)
+
+    def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
+        """RGB -> [max tiles, 3, side, side], (rows, columns)."""
+        tile, max_tiles = settings.tile, settings.max_tiles
         rows, columns = best_arrangement(image.height, image.width, tile, max_tiles)
         canvas = Image.new("RGB", (columns * tile, rows * tile))
         size = fitted_size(image.height, image.width, (canvas.height, canvas.width), tile)
         # Padded before it is normalised: the margin is a normalised black, which is not 0.
-        canvas.paste(resize(image, *size, self.settings.resample))
+        canvas.paste(resize(image, *size, settings.resample))
         pixels = np.zeros((max_tiles, 3, tile, tile), np.float32)
         pixels[: rows * columns] = split_tiles(self.normalize(canvas), rows, columns)
-        return pixels, (rows, columns), digest
+        return pixels, (rows, columns)
 
-
-def _turn(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
-    """Content as parts only where there is a picture.
-
-    Of a system turn, a tool's answer and a first turn beside tools the template prints whatever it is given, so a list
-    would put its own source text into the prompt.
-    """
-    if not message.images:
-        return {"role": message.role, "content": message.text}
-    content = [
-        {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in parts
-    ]
-    return {"role": message.role, "content": content}
+    def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
+        return 1  # the decoder looks at pictures through cross-attention
 
 
 def _check_tower(settings: ImageSettings, vision: Mapping[str, Any]) -> None:

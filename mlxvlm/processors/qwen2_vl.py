@@ -7,35 +7,24 @@ frames of a video's time step; here the model does that.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mlxvlm.errors import ImageError, ModelError
-from mlxvlm.messages import ImagePart, Message
-from mlxvlm.processors.base import (
-    PreparedImage,
-    Prompt,
-    check_messages,
-    expand_placeholders,
-    place_images,
-    placeholder_spans,
-    turn_maker,
-)
+from mlxvlm.errors import ContextLengthError, ImageError, InputError, ModelError
+from mlxvlm.messages import ImageOptions, Message, Part
+from mlxvlm.processors.base import place_images
+from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
-from mlxvlm.processors.images import load_image
 from mlxvlm.processors.transforms import (
     CLIP_MEAN,
     CLIP_STD,
-    RESCALE_FACTOR,
     Normalizer,
-    floats,
     resample_of,
     resize,
 )
@@ -72,6 +61,20 @@ class ImageSettings:
             do_resize=config.get("do_resize", True),
             resample=resample_of(config, cls.resample),
         )
+
+    def bounded(self, options: ImageOptions) -> ImageSettings:
+        """With a request's own bounds. Raises InputError for bounds that can't be."""
+        bounds = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+        given: dict[str, Any] = {name: value for name, value in bounds.items() if value is not None}
+        for name, value in given.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} is {value!r}; it is a number of pixels, 1 or more")
+        changed = replace(self, **given)
+        if given and changed.min_pixels > changed.max_pixels:
+            raise InputError(
+                f"min_pixels {changed.min_pixels} is more than max_pixels {changed.max_pixels}: give both, in order"
+            )
+        return changed
 
     @property
     def step(self) -> int:
@@ -116,66 +119,58 @@ def to_patches(pixels: NDArray[np.float32], patch: int, merge: int) -> NDArray[n
     return np.ascontiguousarray(patches).reshape(-1, channels, patch, patch)
 
 
-class Qwen2VLProcessor:
-    """Messages to Prompt. Thread-safe: holds settings only."""
+class Qwen2VLProcessor(FamilyProcessor[ImageSettings]):
+    """Messages to Prompt."""
 
     def __init__(self, files: ProcessorFiles) -> None:
         config = files.image_processor
-        self.tokenizer = files.tokenizer
-        self.template = files.template()
-        self.settings = ImageSettings.from_config(config)
-        self.normalize = Normalizer(
-            mean=floats(config.get("image_mean", CLIP_MEAN)),
-            std=floats(config.get("image_std", CLIP_STD)),
-            rescale_factor=config.get("rescale_factor", RESCALE_FACTOR),
-            do_rescale=config.get("do_rescale", True),
-            do_normalize=config.get("do_normalize", True),
-        )
-        self.image_token_id = _image_token_id(files)
-        _check_tower(files.config.get("vision_config") or {}, self.settings)
-        self._settings_key = repr((self.settings, self.normalize.key)).encode()
+        settings = ImageSettings.from_config(config)
+        super().__init__(files, IMAGE, settings, Normalizer.from_config(config, CLIP_MEAN, CLIP_STD))
+        _check_tower(files.config.get("vision_config") or {}, settings)
 
-    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
-        """Raises InputError, ImageError or TemplateError."""
-        check_messages(messages)
+    def find_image_token(self, files: ProcessorFiles) -> int:
+        found = files.tokenizer.token_id(IMAGE)
+        declared = files.config.get("image_token_id", found)
+        if found is None or found != declared:
+            raise ModelError(f"the tokenizer's id of {IMAGE} is {found}, config.json says {declared}")
+        return found
+
+    @property
+    def written_marker(self) -> str:
+        return WRAPPED_IMAGE
+
+    def adapted(self, options: ImageOptions) -> ImageSettings:
+        return self.settings.bounded(options)
+
+    def place(self, message: Message) -> Sequence[Part]:
         # A marker typed with its brackets stands for the whole of what the template writes.
-        turns = [
-            (message, place_images(message, WRAPPED_IMAGE if WRAPPED_IMAGE in message.text else IMAGE))
-            for message in messages
-        ]
-        make_turn = turn_maker(self.template, WRAPPED_IMAGE)
-        rendered = self.template.render([make_turn(message, parts) for message, parts in turns], template)
-        sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
-        images = [self.prepare_image(load_image(source)) for source in sources]
-        counts = [len(pixels) // self.settings.merge**2 for pixels, _, _ in images]
-        expanded = expand_placeholders(rendered, IMAGE, [IMAGE * count for count in counts])
-        token_ids = self.tokenizer.encode_prompt(expanded)
-        spans = placeholder_spans(token_ids, self.image_token_id, counts)
-        prepared = [PreparedImage(*image[:2], span, image[2]) for image, span in zip(images, spans, strict=True)]
-        return Prompt(tuple(token_ids), tuple(prepared))
+        return place_images(message, WRAPPED_IMAGE if WRAPPED_IMAGE in message.text else IMAGE)
 
-    def prepare_image(self, image: Image.Image) -> tuple[NDArray[np.float32], tuple[int, int], bytes]:
-        """RGB -> pixels [patches, 3, side, side], (rows, columns) of patches, digest."""
-        settings = self.settings
-        digest = hashlib.sha256(self._settings_key + repr(image.size).encode() + image.tobytes()).digest()
+    def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
+        """RGB -> [patches, 3, side, side], (rows, columns) of patches."""
         if settings.do_resize:
-            image = resize(image, *fitted_size(image.height, image.width, settings), settings.resample)
+            size = fitted_size(image.height, image.width, settings)
+            self._check_room(size, settings)
+            image = resize(image, *size, settings.resample)
         if image.height % settings.step or image.width % settings.step:
             raise ImageError(
                 f"the image is {image.width} x {image.height} pixels, and this model, which is set to resize nothing, "
                 f"takes multiples of {settings.step}"
             )
         pixels = to_patches(self.normalize(image), settings.patch, settings.merge)
-        return pixels, (image.height // settings.patch, image.width // settings.patch), digest
+        return pixels, (image.height // settings.patch, image.width // settings.patch)
 
+    def _check_room(self, size: tuple[int, int], settings: ImageSettings) -> None:
+        """Before a picture is blown up: requests may ask for any size."""
+        count = size[0] * size[1] // settings.step**2
+        if count >= self.max_context:
+            raise ContextLengthError(
+                f"an image resized to {size[1]} x {size[0]} pixels takes {count} tokens, but the model's context is "
+                f"{self.max_context}: lower min_pixels or max_pixels"
+            )
 
-def _image_token_id(files: ProcessorFiles) -> int:
-    """The placeholder's id, on which tokenizer and config must agree: the model looks for it in the prompt."""
-    found = files.tokenizer.token_id(IMAGE)
-    declared = files.config.get("image_token_id", found)
-    if found is None or found != declared:
-        raise ModelError(f"the tokenizer's id of {IMAGE} is {found}, config.json says {declared}")
-    return found
+    def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
+        return len(pixels) // self.settings.merge**2
 
 
 def _check_tower(vision: Mapping[str, Any], settings: ImageSettings) -> None:

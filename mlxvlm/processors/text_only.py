@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxvlm.errors import InputError
-from mlxvlm.messages import Message
-from mlxvlm.processors.base import Prompt, check_messages, turn_maker
+from mlxvlm.messages import ImageOptions, Message
+from mlxvlm.processors.base import AS_THE_CHECKPOINT, Prompt, check_messages, turn_of_parts, turn_of_text
 from mlxvlm.processors.files import ProcessorFiles
 
 
@@ -19,15 +19,24 @@ class TextProcessor:
     def __init__(self, files: ProcessorFiles) -> None:
         self.tokenizer = files.tokenizer
         self.template = files.template()
-        self._make_turn = turn_maker(self.template, "")
 
-    def __call__(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> Prompt:
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        template: Mapping[str, Any] | None = None,
+        options: ImageOptions = AS_THE_CHECKPOINT,
+    ) -> Prompt:
         """Raises InputError or TemplateError."""
         check_messages(messages)
         if any(message.images for message in messages):
             raise InputError("this model reads text only: leave the image out, or give a model with a vision tower")
-        turns = [self._make_turn(message, message.parts) for message in messages]
-        return Prompt(tuple(self.tokenizer.encode_prompt(self.template.render(turns, template))))
+        rendered = self.template.render([self._turn(message) for message in messages], template)
+        return Prompt(tuple(self.tokenizer.encode_prompt(rendered)))
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        if self.template.takes_strings:
+            return turn_of_text(message, message.parts, "")
+        return turn_of_parts(message, message.parts)
 
 
 def build(files: ProcessorFiles) -> TextProcessor:

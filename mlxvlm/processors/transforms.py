@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,17 @@ class Normalizer:
             raise ValueError(f"rescale_factor is {self.rescale_factor!r}, not a number")
         settings = (self.mean, self.std, self.rescale_factor, self.do_rescale, self.do_normalize)
         object.__setattr__(self, "key", repr(settings))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], mean: Any = 0.5, std: Any = 0.5) -> Self:
+        """preprocessor_config.json, with a family's mean and std where it has none."""
+        return cls(
+            mean=floats(config.get("image_mean", mean)),
+            std=floats(config.get("image_std", std)),
+            rescale_factor=config.get("rescale_factor", RESCALE_FACTOR),
+            do_rescale=config.get("do_rescale", True),
+            do_normalize=config.get("do_normalize", True),
+        )
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:

@@ -164,10 +164,10 @@ class Answer:
         return {path.name for path in self.folder.iterdir()}
 
 
-def fetch(url: str, home: Path, model: str = "owner/tiny", revision: str = "", *, weights: bool = True) -> Answer:
-    """resolve() in a process of its own, as huggingface_hub reads its settings at import."""
+def hub_environment(url: str, home: Path) -> dict[str, str]:
+    """Variables of a process whose hub is at `url` and whose cache is in `home`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {
+    return environment | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
@@ -177,9 +177,13 @@ def fetch(url: str, home: Path, model: str = "owner/tiny", revision: str = "", *
         "HF_HUB_DOWNLOAD_TIMEOUT": "2",
         "NO_PROXY": "127.0.0.1",
     }
+
+
+def fetch(url: str, home: Path, model: str = "owner/tiny", revision: str = "", *, weights: bool = True) -> Answer:
+    """resolve() in a process of its own, as huggingface_hub reads its settings at import."""
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, model, revision, "weights" if weights else "small"],
-        env=environment,
+        env=hub_environment(url, home),
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
@@ -111,7 +111,7 @@ def tensors_of(folder: Path) -> Tensors:
 def logits(folder: Path, golden: Path, scenario: str = "two_images", dtype: str = "float32") -> np.ndarray:
     """[L, V] of a scenario of the golden case that `folder` was made from."""
     source = open_model(str(folder))
-    model = source.build(dtype, lambda done, total: None)
+    model = source.build(LoadOptions(dtype), lambda done, total: None)
     prompt = source.processor(Case(golden).messages(scenario))
     features = model.encode_images(prompt.images) if prompt.images else []
     inputs = model.embed_prompt(prompt, features)

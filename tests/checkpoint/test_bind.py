@@ -16,6 +16,7 @@ from mlxvlm.checkpoint.bind import DTYPES, bind, choose_dtype, quant_spec
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.errors import UsageError, WeightsError
+from mlxvlm.models.base import QuantPaths
 from mlxvlm.models.idefics3 import Model, build
 from tests.checkpoint.layouts import SPLIT, Tensors, config_of, mlx_names, quantised, tensors_of
 
@@ -204,6 +205,8 @@ class TestDtypes:
 
 class Stack(nn.Module):
     """24 matrices of 1 to 2 MB in float16."""
+
+    quant_paths = QuantPaths(decoder="", head="", tower="")
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlxvlm.checkpoint import estimate
 from mlxvlm.checkpoint.bind import DTYPES
 from mlxvlm.checkpoint.estimate import memory_need
-from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
@@ -45,7 +45,7 @@ KINDS = ["idefics3_split", "idefics3_resaved", "smolvlm2_tied", "tied-with-head"
 def test_weights_of_a_folder_are_what_binding_allocates(kind: str, dtype: str, tmp_path: Path) -> None:
     folder = folder_of(kind, tmp_path)
     need = memory_need(str(folder), dtype=dtype)
-    model = open_model(str(folder)).build(dtype, lambda done, total: None)
+    model = open_model(str(folder)).build(LoadOptions(dtype), lambda done, total: None)
     assert need.weights_bytes == sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert need.is_local
     assert need.model_type == config_of(folder)["model_type"]
@@ -56,7 +56,7 @@ def test_weights_of_a_folder_are_what_binding_allocates(kind: str, dtype: str, t
 @pytest.mark.parametrize("kind", ["idefics3_split", "smolvlm2_tied", "mxfp8"])
 def test_kv_bytes_are_the_caches_growth(kind: str, dtype: str, tmp_path: Path) -> None:
     folder = folder_of(kind, tmp_path)
-    model = open_model(str(folder)).build(dtype, lambda done, total: None)
+    model = open_model(str(folder)).build(LoadOptions(dtype), lambda done, total: None)
     width = model.embed_tokens(mx.array([[1]]), None).embeds.shape[-1]
     sizes = []
     for length in (256, 512):  # whole buffers, so that nothing is in reserve

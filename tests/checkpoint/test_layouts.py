@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlxvlm.checkpoint.bind import DTYPES
-from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.models.base import RowState
@@ -227,7 +227,7 @@ def test_tensors_decide_where_the_config_errs(tmp_path: Path) -> None:
 def test_quantised_models_compute_in_the_chosen_dtype(recipe: str, dtype: str, tmp_path: Path) -> None:
     packed, _ = quantised(mlx_names(tensors_of(SPLIT)), RECIPES[recipe])
     source = open_model(str(write_mlx(tmp_path / "m", SPLIT, packed)))
-    model = source.build(dtype, lambda done, total: None)
+    model = source.build(LoadOptions(dtype), lambda done, total: None)
     prompt = source.processor(Case(SPLIT).messages("one_wide"))
     features = model.encode_images(prompt.images)
     inputs = model.embed_prompt(prompt, features)

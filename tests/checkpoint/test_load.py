@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from mlxvlm.checkpoint.load import DEFAULT_CONTEXT, GenerationDefaults, open_model
+from mlxvlm.checkpoint.load import GenerationDefaults, LoadOptions, open_model
 from mlxvlm.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from mlxvlm.families import FAMILIES, family_of
+from mlxvlm.processors.files import context_length
 from tests.checkpoint.layouts import SPLIT, TIED, config_of, tensors_of, write
 from tests.golden import GOLDENS
 
@@ -95,7 +96,7 @@ def refusal(folder: Path) -> ModelError:
     """Of a model that is opened and built."""
 
     def build() -> None:
-        open_model(str(folder)).build("float32", lambda done, total: None)
+        open_model(str(folder)).build(LoadOptions("float32"), lambda done, total: None)
 
     with pytest.raises(ModelError) as caught:
         build()
@@ -266,7 +267,24 @@ def test_nonsense_in_the_image_processor(golden: str, bad: dict[str, Any], tmp_p
 def test_context_of_a_config_that_leaves_it_out(tmp_path: Path) -> None:
     config = config_of(TIED)
     del config["text_config"]["max_position_embeddings"]
-    assert open_model(str(write(tmp_path / "m", TIED, tensors_of(TIED), config=config))).max_context == DEFAULT_CONTEXT
+    assert open_model(str(write(tmp_path / "m", TIED, tensors_of(TIED), config=config))).max_context == 2048
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "a", "text_config": {"max_position_embeddings": 7}}, 7),
+        ({"model_type": "a", "max_position_embeddings": 8}, 8),
+        ({"model_type": "a", "text_config": {"vocab_size": 1}}, 2048),  # LlamaConfig
+        ({"model_type": "a", "text_config": {"model_type": "llama"}}, 2048),
+        ({"model_type": "a", "text_config": {"model_type": "mistral"}}, 131072),  # MistralConfig
+        ({"model_type": "a", "text_config": {"model_type": "qwen2"}}, 32768),  # Qwen2Config
+        ({"model_type": "qwen2_vl"}, 32768),  # Qwen2VLTextConfig
+        ({"model_type": "a"}, 131072),  # MllamaTextConfig, Llama4TextConfig
+    ],
+)
+def test_context_of_partial_configs_is_the_references(config: dict[str, Any], expected: int) -> None:
+    assert context_length(config) == expected
 
 
 def test_opening_imports_no_mlx() -> None:

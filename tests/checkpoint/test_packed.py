@@ -15,9 +15,19 @@ def test_codes_are_packed_as_mlx_packs_them(bits):
     assert np.array_equal(pack_codes(codes.reshape(3, 128), bits), np.array(packed))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_codes_are_one_little_endian_stream_of_bits(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (2, 3, 64), np.uint8)
+    for strided in (codes, codes[:, ::2], np.asfortranarray(codes)):
+        stream = np.unpackbits(strided[..., None], axis=-1, bitorder="little", count=bits)
+        slow = np.packbits(stream.reshape(*strided.shape[:-1], 64 * bits), axis=-1, bitorder="little")
+        assert np.array_equal(pack_codes(strided, bits), np.ascontiguousarray(slow).view("<u4"))
+
+
 def test_codes_that_fill_no_whole_word_are_refused():
-    with pytest.raises(ValueError, match="no whole words"):
-        pack_codes(np.zeros((1, 3), np.uint8), 4)
+    for count, bits in ((3, 4), (8, 5), (4, 8)):
+        with pytest.raises(ValueError, match="no whole words"):
+            pack_codes(np.zeros((1, count), np.uint8), bits)
 
 
 def test_a_packed_weight_names_its_tensors():

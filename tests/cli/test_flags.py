@@ -54,7 +54,7 @@ def test_dtype(dtype: str, monkeypatch: Patch) -> None:
         asked.append(dtype)
         bind(model, weights, dtype, progress)
 
-    monkeypatch.setattr("mlxvlm.checkpoint.bind.bind", spy)
+    monkeypatch.setattr("mlxvlm.checkpoint.build.bind", spy)
     assert run("--dtype", dtype) == 0
     assert asked == [dtype]
 
@@ -160,7 +160,7 @@ def test_bad_input_is_found_before_weights_are_read(
     def reached(folder: Path) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("mlxvlm.checkpoint.weights.read_weights", reached)
+    monkeypatch.setattr("mlxvlm.checkpoint.build.read_weights", reached)
     assert run() == 5
     template = tmp_path / "bad.jinja"
     template.write_text("{{ raise_exception('no') }}")

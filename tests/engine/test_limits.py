@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import InputError, InternalError
-from mlxvlm.processors.base import PreparedImage, Prompt
+from mlxvlm.messages import ImageOptions, ImagePart, Message, user
+from mlxvlm.processors.base import AS_THE_CHECKPOINT, PreparedImage, Prompt
 from tests.engine.test_engine import ids_of
 from tests.fakes import IMAGE, IMAGE_TOKENS, FakeModel, FakeProcessor, answer, ask, eventually, fake_engine
 
@@ -76,3 +79,26 @@ def test_the_checkpoints_own_sampling_reaches_a_request() -> None:
     with fake_engine(sampling=SamplingParams(max_tokens=4, seed=1, temperature=5.0)) as engine:
         own = ids_of(engine.generate(Request(ask([1]).messages)))
         assert own == ids_of(engine.generate(ask([1], 4, seed=1, temperature=5.0)))
+
+
+def test_the_number_of_pictures_is_limited_before_any_is_read() -> None:
+    message = Message("user", tuple(ImagePart("/no/such/file") for _ in range(3)))
+    with fake_engine(max_images=2) as engine:
+        with pytest.raises(InputError, match="the request has 3 images, but the limit is 2: send fewer"):
+            engine.generate(Request([message, user("more")]))
+        assert engine.generate(Request([user("1")], SamplingParams(max_tokens=1))).token_ids
+
+
+def test_a_request_passes_its_image_options_on() -> None:
+    seen: list[ImageOptions] = []
+
+    class Recorder(FakeProcessor):
+        def __call__(self, messages: Any, template: Any = None, options: ImageOptions = AS_THE_CHECKPOINT) -> Prompt:
+            seen.append(options)
+            return super().__call__(messages, template, options)
+
+    with fake_engine() as engine:
+        engine.processor = Recorder()
+        options = ImageOptions(max_pixels=7)
+        engine.generate(Request([user("1")], SamplingParams(max_tokens=1), image_options=options))
+    assert seen == [options]

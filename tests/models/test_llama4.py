@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.engine.kv_cache import KVGroup, KVPass, visible
 from mlxvlm.families import family_of
@@ -188,7 +189,7 @@ class TestText:
 
 def in_half(name: str) -> tuple[Model, Any]:
     source = Case(NORMS).open()
-    return source.build(name, lambda done, total: None), source
+    return source.build(LoadOptions(name), lambda done, total: None), source
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.load import ModelSource
+from mlxvlm.checkpoint.load import LoadOptions, ModelSource
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.messages import ImagePart, Message, TextPart
 from mlxvlm.models import mllama
@@ -305,7 +305,7 @@ def test_only_pictures_in_view_are_read_while_decoding(source: ModelSource, mode
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_everything_stays_in_the_weights_dtype(source: ModelSource, dtype: str) -> None:
-    model = source.build(dtype, lambda done, total: None)
+    model = source.build(LoadOptions(dtype), lambda done, total: None)
     prompt = side_by_side(source)
     features = model.encode_images(prompt.images)
     inputs = model.embed_prompt(prompt, features)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.models.mllama import build
 from tests.checkpoint.layouts import (
@@ -111,7 +111,7 @@ def test_quantised_equals_dequantised(recipe: str, layout: str, tmp_path: Path, 
 def test_a_quantised_model_computes_in_the_chosen_dtype(dtype: str, tmp_path: Path) -> None:
     packed, _ = quantised(tensors_of(HUB), RECIPES["nvfp4"])
     source = open_model(str(write_mlx(tmp_path / "m", HUB, packed)))
-    model = source.build(dtype, lambda done, total: None)
+    model = source.build(LoadOptions(dtype), lambda done, total: None)
     prompt = source.processor(Case(HUB).messages("two_images"))
     features = model.encode_images(prompt.images)
     inputs = model.embed_prompt(prompt, features)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.models.base import RowState
@@ -65,9 +66,12 @@ def test_positions_are_the_references(entry: dict[str, Any]) -> None:
     assert delta == entry["delta"]
 
 
-@given(st.lists(st.tuples(st.integers(1, 4), st.tuples(st.integers(1, 5), st.integers(1, 5))), min_size=1, max_size=4))
-def test_positions_equal_the_slow_twin(pairs: list[tuple[int, tuple[int, int]]]) -> None:
-    layout = [run for pair in pairs for run in pair] + [3]
+TEXTS = st.integers(1, 9)
+GRIDS = st.tuples(st.integers(1, 30), st.integers(1, 30)) | st.sampled_from([(1, 180), (180, 1)])
+
+
+@given(st.lists(TEXTS | GRIDS, min_size=1, max_size=9))
+def test_positions_equal_the_slow_twin(layout: list[Any]) -> None:
     positions, delta = mrope_positions(prompt_of(layout), MERGE)
     assert (positions.tolist(), delta) == slow_positions(layout)
     assert positions.dtype == np.int32
@@ -198,7 +202,7 @@ def test_text_needs_neither_positions_nor_state(tied: tuple[Case, Model]) -> Non
 def test_everything_stays_in_the_weights_dtype(dtype: str) -> None:
     case = Case(TIED)
     source = case.open()
-    model = source.build(dtype, lambda done, total: None)
+    model = source.build(LoadOptions(dtype), lambda done, total: None)
     prompt = source.processor(case.messages("one_wide"))
     features = model.encode_images(prompt.images)
     inputs = model.embed_prompt(prompt, features)

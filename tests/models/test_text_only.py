@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.errors import InputError, ModelError
 from mlxvlm.messages import ImagePart, Message, TextPart, system, user
@@ -57,7 +57,7 @@ def logits(model: VisionLanguageModel, prompt: Prompt) -> np.ndarray:
 def test_same_logits_as_the_whole_model(tmp_path: Path, name: str) -> None:
     source, case = open_model(str(text_checkpoint(tmp_path / "text", name))), Case(GOLDENS / name)
     prompt = case.open().processor(case.messages("long_text" if "long_text" in case.scenarios else "text_only"))
-    model = source.build("float32", lambda done, total: None)
+    model = source.build(LoadOptions("float32"), lambda done, total: None)
     assert np.array_equal(logits(model, prompt), logits(case.build(), prompt))
 
 
@@ -86,7 +86,9 @@ def test_sanitize_drops_buffers_and_tied_heads() -> None:
 
 
 def test_no_images_to_encode(tmp_path: Path) -> None:
-    model = open_model(str(text_checkpoint(tmp_path / "text", "smolvlm2_tied"))).build("float32", lambda a, b: None)
+    model = open_model(str(text_checkpoint(tmp_path / "text", "smolvlm2_tied"))).build(
+        LoadOptions("float32"), lambda a, b: None
+    )
     assert model.encode_images([]) == []
 
 
@@ -95,4 +97,4 @@ def test_an_unknown_text_model(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": "two"}))
     with pytest.raises(ModelError, match="makes no sense"):
-        open_model(str(folder)).build("float32", lambda a, b: None)
+        open_model(str(folder)).build(LoadOptions("float32"), lambda a, b: None)

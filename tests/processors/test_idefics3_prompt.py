@@ -11,7 +11,7 @@ import pytest
 
 from mlxvlm.errors import ImageError, InputError, TemplateError
 from mlxvlm.messages import ImagePart, Message, TextPart, ToolCall, assistant, system, user
-from mlxvlm.processors.base import Prompt, expand_placeholders, place_images, placeholder_spans
+from mlxvlm.processors.base import Prompt, check_markers, expand_placeholders, place_images, placeholder_spans
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.idefics3 import DEFAULT_TEMPLATE, Idefics3Processor, build
 from tests.processors.checkpoints import CONFIG, IMAGE_SETTINGS, write_checkpoint
@@ -153,7 +153,7 @@ def test_markers_that_are_not_the_images(
 ) -> None:
     with pytest.raises(InputError) as caught:
         processor(conversation)
-    assert str(caught.value).startswith(f"the prompt has {markers} image marker(s) '<image>' for {images} image(s)")
+    assert str(caught.value).startswith(f"the text has {markers} image marker(s) '<image>' for {images} image(s)")
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -166,7 +166,7 @@ def test_marker_spelled_by_two_parts(processor: Idefics3Processor) -> None:
 def test_template_that_drops_images(tmp_path: Path) -> None:
     files = {"chat_template.jinja": "no images here"}
     made = build(ProcessorFiles.read(write_checkpoint(tmp_path, files=files), CONFIG))
-    with pytest.raises(InputError, match=r"0 image marker\(s\) '<image>' for 1 image\(s\)"):
+    with pytest.raises(InputError, match=r"template gave 0 of 1 image\(s\) a place .* --chat-template FILE"):
         made([user("Hi", [A])])
 
 
@@ -240,8 +240,14 @@ def test_expand_placeholders() -> None:
     assert expand_placeholders("a<i>b<i>", "<i>", ["<i><i>", r"\1"]) == r"a<i><i>b\1"
     assert expand_placeholders("a", "<i>", []) == "a"
     assert expand_placeholders("a.b", ".", ["x"]) == "axb"
-    with pytest.raises(InputError, match=r"2 image marker\(s\) '<i>' for 1 image\(s\)"):
-        expand_placeholders("<i><i>", "<i>", ["x"])
+
+
+def test_check_markers() -> None:
+    check_markers("<i>a<i>", "<i>", 2)
+    with pytest.raises(InputError, match=r"2 image marker\(s\) '<i>' for 1 image\(s\): remove markers"):
+        check_markers("<i><i>", "<i>", 1)
+    with pytest.raises(InputError, match=r"gave 1 of 2 image\(s\) a place \('<i>'\): put images into user messages"):
+        check_markers("<i>", "<i>", 2)
 
 
 def test_placeholder_spans() -> None:

@@ -193,7 +193,7 @@ class TestPrompts:
         for image in prompt.images:
             start, end = image.span
             assert set(prompt.token_ids[start:end]) == {processor.image_token_id}
-            assert end - start == processor.view.num_tokens(image.layout)
+            assert end - start == processor.settings.num_tokens(image.layout)
         assert prompt.token_ids.count(processor.image_token_id) == sum(
             b - a for a, b in (i.span for i in prompt.images)
         )

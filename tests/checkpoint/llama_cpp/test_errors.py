@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlxvlm.checkpoint.gguf import GGUFFile
 from mlxvlm.checkpoint.llama_cpp import load
 from mlxvlm.checkpoint.llama_cpp.keys import Keys
-from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.errors import MlxvlmError, ModelError, UnsupportedModelError, UsageError, WeightsError
 from tests.checkpoint.llama_cpp.pairs import MMPROJ, TEXT, Arrays, write_mmproj, write_pair, write_text
 from tests.golden import GOLDENS
@@ -34,7 +34,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def refusal(model: Path, mmproj: Path | None = None, kind: type[MlxvlmError] = ModelError) -> str:
     with pytest.raises(kind) as caught:
-        open_model(str(model), mmproj=mmproj).build("float32", lambda done, total: None)
+        open_model(str(model), mmproj=mmproj).build(LoadOptions("float32"), lambda done, total: None)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -69,7 +69,7 @@ class TestPairs:
     def test_a_text_half_alone_reads_text(self, pairs: dict[str, Path], golden: Path) -> None:
         source = open_model(str(pairs[golden.name] / TEXT))
         assert source.config["model_type"] in ("llama", "qwen2")
-        source.build("float32", lambda done, total: None)
+        source.build(LoadOptions("float32"), lambda done, total: None)
 
     def test_two_models_in_a_folder(self, tmp_path: Path, pairs: dict[str, Path]) -> None:
         for name in ("a.gguf", "b.gguf"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlxvlm.checkpoint.bind import bind
-from mlxvlm.checkpoint.load import ModelSource, open_model
+from mlxvlm.checkpoint.load import LoadOptions, ModelSource, open_model
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
@@ -88,7 +88,7 @@ def test_every_tensor_is_the_hubs(pairs: dict[str, Path], name: str) -> None:
 @pytest.mark.parametrize("name", UNSAID)
 def test_logits(pairs: dict[str, Path], name: str) -> None:
     case = Case(GOLDENS / name)
-    model, expected = open_model(str(pairs[name])).build("float32", quiet), reference(case)
+    model, expected = open_model(str(pairs[name])).build(LoadOptions("float32"), quiet), reference(case)
     processor = case.open().processor
     for scenario in [name for name in case.scenarios if name in ("text_only", "one_wide", "two_images")]:
         prompt = processor(case.messages(scenario), case.template)
@@ -125,7 +125,7 @@ def test_text_prompts(pairs: dict[str, Path], name: str) -> None:
 def test_answers_of_the_reference(pairs: dict[str, Path], name: str) -> None:
     case, source = Case(GOLDENS / name), open_model(str(pairs[name]))
     config = EngineConfig(source.max_context, source.defaults.eos_token_ids)
-    with Engine(lambda progress: source.build("float32", progress), source.processor, config) as engine:
+    with Engine(lambda progress: source.build(LoadOptions("float32"), progress), source.processor, config) as engine:
         for scenario in case.batch:
             expected = case.expected(scenario)
             sampling = SamplingParams(max_tokens=len(expected["greedy"]), ignore_eos=True)
@@ -168,7 +168,7 @@ def test_quantised_values(sources: tuple[ModelSource, ModelSource]) -> None:
 
 def test_quantised_logits_and_answers(sources: tuple[ModelSource, ModelSource]) -> None:
     case = Case(GOLDENS / "idefics3_split")
-    packed, plain = (source.build("float32", quiet) for source in sources)
+    packed, plain = (source.build(LoadOptions("float32"), quiet) for source in sources)
     for scenario in ("text_only", "two_images"):
         prompt = sources[0].processor(case.messages(scenario))
         first, second = logits(packed, prompt), logits(plain, prompt)

@@ -15,7 +15,7 @@ from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.cli import main
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
-from mlxvlm.errors import InputError, ModelError
+from mlxvlm.errors import InputError, ModelError, UsageError
 from mlxvlm.messages import user
 from mlxvlm.runner import load
 from tests.checkpoint.layouts import tensors_of, write
@@ -235,6 +235,12 @@ def test_safetensors_go_first(tmp_path: Path) -> None:
     case = GOLDENS / "smolvlm2_tied"
     write(tmp_path / "both", case, tensors_of(case))
     assert open_model(str(pair(tmp_path / "both", case))).config["model_type"] == "smolvlm"
+
+
+def test_quantised_once_only(tmp_path: Path) -> None:
+    pair(tmp_path, GOLDENS / "smolvlm2_tied")
+    with pytest.raises(UsageError, match="GGUF files keep their own quantisation"):
+        load(str(tmp_path), isq=4)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,127 @@
+"""What was quantised once, kept for the next start. Knows entries and their sizes, not models.
+
+An entry is a folder of safetensors under the model's own names, with a manifest of sizes and checksums. Its name is a
+digest of everything that its tensors depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxvlm.checkpoint.isq import Recipe
+from mlxvlm.checkpoint.write import new_folder, write_json, write_shards
+from mlxvlm.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # of entries: a newer one never reads an older one's
+_MANIFEST = "manifest.json"
+_LIMIT_BYTES = 100_000_000_000
+_SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a source file's contents; its size and time say the rest
+_READ_BYTES = 1 << 23
+
+
+def entry_key(files: Sequence[Path], config: Mapping[str, Any], recipe: Recipe, dtype: mx.Dtype) -> str:
+    """Of the source files as they are now, the recipe, and what computes it."""
+    digest = hashlib.sha256()
+    backend = (version("mlx"), str(mx.default_device()))
+    for fact in (_FORMAT, backend, str(dtype), repr(recipe), json.dumps(config, sort_keys=True)):
+        digest.update(repr(fact).encode())
+    for path in files:
+        status = path.stat()
+        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(status.st_size * sample // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class ISQCache:
+    """Entries of one folder, least recently used dropped first beyond `limit_bytes`."""
+
+    folder: Path
+    limit_bytes: int = _LIMIT_BYTES
+
+    def find(self, key: str) -> Path | None:
+        """The folder of an entry that is whole. A damaged one is named, dropped, and counts as none."""
+        entry = self.folder / key
+        if not entry.is_dir():
+            return None
+        problem = _damage(entry)
+        if problem:
+            log.warning("the cached quantisation %s is damaged (%s): dropped, and made again", entry, problem)
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+        (entry / _MANIFEST).touch()  # used last
+        return entry
+
+    def store(self, key: str, tensors: Iterable[tuple[str, mx.array]], nbytes: int) -> None:
+        """Keeps evaluated tensors of `nbytes` in all. A cache that can't be written costs time, nothing else."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if nbytes > min(self.limit_bytes, free):
+                log.warning("the quantised model is not cached: it has %d bytes, and %d are free", nbytes, free)
+                return
+            self._make_room(nbytes)
+            with new_folder(self.folder / key) as draft:
+                names = sorted(set(write_shards(draft, tensors).values()))
+                files = {
+                    name: {"bytes": (draft / name).stat().st_size, "crc32": _crc32(draft / name)} for name in names
+                }
+                write_json(draft / _MANIFEST, {"format": _FORMAT, "files": files})
+        except (OSError, ModelError) as error:
+            log.warning("the quantised model is not cached: %s", error)
+
+    def _make_room(self, nbytes: int) -> None:
+        entries = sorted(self.folder.glob(f"*/{_MANIFEST}"), key=lambda path: path.stat().st_mtime)
+        sizes = {path.parent: sum(file.stat().st_size for file in path.parent.iterdir()) for path in entries}
+        held = sum(sizes.values())
+        for entry, size in sizes.items():
+            if held + nbytes <= self.limit_bytes:
+                return
+            shutil.rmtree(entry, ignore_errors=True)
+            held -= size
+
+
+def _damage(entry: Path) -> str:
+    """What is wrong with an entry, "" if nothing."""
+    try:
+        files = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        sizes = {entry / name: int(fact["bytes"]) for name, fact in files.items()}
+        sums = {entry / name: int(fact["crc32"]) for name, fact in files.items()}
+        for path, size in sizes.items():
+            if path.stat().st_size != size:
+                return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
+        with ThreadPoolExecutor() as pool:
+            for path, found in zip(sums, pool.map(_crc32, sums), strict=True):
+                if found != sums[path]:
+                    return f"{path.name} has other contents than were written"
+    except OSError as error:
+        return f"{Path(error.filename or _MANIFEST).name}: {error.strerror}"
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return f"{_MANIFEST} makes no sense"
+    return "" if sizes else f"{_MANIFEST} names no files"
+
+
+def _crc32(path: Path) -> int:
+    """Finds flipped bits and cut files at the speed of a disk; nobody is kept out by it."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            value = zlib.crc32(block, value)
+    return value
