@@ -30,12 +30,13 @@ class TextProcessor:
         check_messages(messages)
         if options != AS_THE_CHECKPOINT or any(message.images for message in messages):
             raise InputError("this model reads text only: leave the image out, or give a model with a vision tower")
-        takes_strings = self.template.takes_strings
-        turns = [
-            turn_of_text(message, message.parts, "") if takes_strings else turn_of_parts(message, message.parts)
-            for message in messages
-        ]
-        return Prompt(tuple(self.tokenizer.encode_prompt(self.template.render(turns, template))))
+        rendered = self.template.render([self._turn(message) for message in messages], template)
+        return Prompt(tuple(self.tokenizer.encode_prompt(rendered)))
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        if self.template.takes_strings:
+            return turn_of_text(message, message.parts, "")
+        return turn_of_parts(message, message.parts)
 
 
 def build(files: ProcessorFiles) -> TextProcessor:

@@ -13,6 +13,7 @@ import pytest
 
 from mlxvlm.checkpoint.bind import bind
 from mlxvlm.checkpoint.load import LoadOptions, ModelSource, open_model
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
@@ -55,7 +56,7 @@ def quiet(done: int, total: int) -> None:
 
 
 def sanitized(source: ModelSource) -> dict[str, mx.array]:
-    raw = source.read() if source.read else read_weights(source.folder)
+    raw = source.read(QuantSpec(8, 32)).weights if source.read else read_weights(source.folder)
     named: dict[str, mx.array] = source.family.build_model(source.config).sanitize(raw)
     return named
 

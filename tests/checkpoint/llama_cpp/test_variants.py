@@ -9,8 +9,10 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.load import open_model
+from mlxvlm.checkpoint.load import LoadOptions, open_model
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.cli import main
 from mlxvlm.engine.params import SamplingParams
@@ -20,6 +22,7 @@ from mlxvlm.messages import user
 from mlxvlm.runner import load
 from tests.checkpoint.layouts import tensors_of, write
 from tests.checkpoint.llama_cpp.pairs import MMPROJ, TEXT, Arrays, Kind, write_mmproj, write_pair, write_text
+from tests.checkpoint.wide import write_wide
 from tests.golden import GOLDENS, Case
 
 Change = Callable[[gguf.GGUFWriter, Arrays], None]
@@ -33,7 +36,7 @@ def pair(folder: Path, case: Path, text: Change | None = None, mmproj: Change | 
 
 def tensors(folder: Path) -> dict[str, mx.array]:
     source = open_model(str(folder))
-    raw = source.read() if source.read else read_weights(folder)
+    raw = source.read(QuantSpec(8, 32)).weights if source.read else read_weights(folder)
     named: dict[str, mx.array] = source.family.build_model(source.config).sanitize(raw)
     return named
 
@@ -235,6 +238,27 @@ def test_safetensors_go_first(tmp_path: Path) -> None:
     case = GOLDENS / "smolvlm2_tied"
     write(tmp_path / "both", case, tensors_of(case))
     assert open_model(str(pair(tmp_path / "both", case))).config["model_type"] == "smolvlm"
+
+
+def test_what_is_not_quantised_can_be(tmp_path: Path) -> None:
+    """The same as from the safetensors that the files were made of."""
+    source = write_wide(tmp_path / "qwen2_vl_tied", "qwen2_vl")
+    found, expected = (
+        dict(tree_flatten(open_model(str(folder)).build(LoadOptions("float32", "4@32"), silent).parameters()))
+        for folder in (pair(new(tmp_path / "pair"), source), source)
+    )
+    assert found.keys() == expected.keys()
+    assert any(name.endswith(".scales") for name in found)
+    assert all(mx.array_equal(found[name], array).item() for name, array in expected.items())
+
+
+def new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def silent(done: int, total: int) -> None:
+    pass
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
