@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mlxvlm.checkpoint.hub import resolve
 from mlxvlm.checkpoint.isq import Recipe
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.recipe import label
+from mlxvlm.checkpoint.uqff_write import checkpoint_names, write
 from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.checkpoint.write import new_folder, write_json, write_shards
 from mlxvlm.errors import ModelNotFoundError, UsageError
@@ -26,42 +28,100 @@ from mlxvlm.models.base import VisionLanguageModel, is_buffer
 from mlxvlm.processors.files import read_json
 
 # What a processor, a tokenizer or a template is read from; weights and their index are written anew.
+_ANY = mx.zeros(())  # where only a name is asked for
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "USE_POLICY*")
+
+
+class _Source:
+    """A checkpoint folder, its tensors unread, and the model that they are of."""
+
+    def __init__(self, model: str, revision: str | None, dtype: str) -> None:
+        self.folder = resolve(model, revision)
+        self.config = read_json(self.folder / "config.json")
+        if not self.config:
+            raise ModelNotFoundError(f"{self.folder} is no model: it has no config.json")
+        self.model: VisionLanguageModel = family_of(self.config).build_model(self.config)
+        self.weights = read_weights(self.folder)
+        self.dtype = stored_dtype(self.weights) if dtype == "auto" else choose_dtype(dtype, self.weights)
+        self._files = [TensorFile(path) for path in weight_files(self.folder)]
+
+    @cached_property
+    def modules(self) -> dict[str, QuantSpec]:
+        """How each quantised module was; known from the first tensor of `quantised` on."""
+        assert isinstance(self.model, nn.Module)
+        return {
+            path: QuantSpec(module.bits, module.group_size, module.mode)
+            for path, module in self.model.named_modules()
+            if hasattr(module, "bits")
+        }
+
+    def quantised(self, recipe: Recipe, progress: Progress) -> Iterator[tuple[str, mx.array]]:
+        """Tensors under the model's own names; self.weights keeps the unread originals."""
+        return streamed(self.model, dict(self.weights), self.dtype, progress, recipe, self._files)
 
 
 def quantize_folder(
     model: str, out: Path, recipe: Recipe, dtype: str, progress: Progress, revision: str | None = None
 ) -> None:
-    """Writes `out`, whole or not at all. Holds one shard and one tensor, not the model.
+    """Writes `out`, whole or not at all, in MLX-community's layout. Holds one shard and one tensor, not the model.
 
     dtype: of what stays unquantised; auto keeps the checkpoint's. Raises UsageError where `out` has something in it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is there already: give a new folder")
-    folder = resolve(model, revision)
-    config = read_json(folder / "config.json")
-    if not config:
-        raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
-    built: VisionLanguageModel = family_of(config).build_model(config)
-    weights = read_weights(folder)
-    target = stored_dtype(weights) if dtype == "auto" else choose_dtype(dtype, weights)
-    extras = _extras(built, weights, target)
-    files = [TensorFile(path) for path in weight_files(folder)]
+    _check_new(out)
+    source = _Source(model, revision, dtype)
+    extras = _extras(source.model, source.weights, source.dtype)
 
     def tensors() -> Iterator[tuple[str, mx.array]]:
-        for name, array in streamed(built, weights, target, progress, recipe, files):
-            yield built.published(name, array)
+        for name, array in source.quantised(recipe, progress):
+            yield source.model.published(name, array)
         yield from extras.items()
 
     with new_folder(out) as draft:
         for pattern in _SMALL_FILES:
-            for path in folder.glob(pattern):
+            for path in source.folder.glob(pattern):
                 if not path.name.endswith(".index.json"):
                     shutil.copyfile(path, draft / path.name)
         write_shards(draft, tensors())
-        specs = _specs(built)
-        write_json(draft / "config.json", quantized_config(config, specs))
+        specs = {
+            source.model.published(f"{path}.weight", _ANY)[0].removesuffix(".weight"): spec
+            for path, spec in source.modules.items()
+        }
+        write_json(draft / "config.json", quantized_config(source.config, specs))
         (draft / "README.md").write_text(_card(model, specs), encoding="utf-8")
+
+
+def quantize_uqff(
+    model: str, out: Path, recipe: Recipe, dtype: str, progress: Progress, revision: str | None = None
+) -> None:
+    """Writes `out` as UQFF files with their residual, for mistral.rs. Holds the quantised layers.
+
+    The checkpoint must have the hub's names, and be quantised in no other way. Raises UsageError and WeightsError.
+    """
+    _check_new(out)
+    source = _Source(model, revision, dtype)
+    if any(name.endswith(".scales") for name in source.weights):
+        raise UsageError(f"{model} is quantised already: give the original checkpoint")
+    names = checkpoint_names(source.model, source.weights)
+    tensors: dict[str, mx.array] = {}
+    for name, array in source.quantised(recipe, progress):
+        path, _, leaf = name.rpartition(".")
+        if path in source.modules:
+            theirs = names[f"{path}.weight"].removesuffix(".weight")
+            tensors[f"{theirs}.{leaf}"] = array
+    for name, array in source.weights.items():
+        ours = source.model.sanitize({name: array})
+        # The rest as it is stored, and read when it is written.
+        if not is_buffer(name) and not any(our.rpartition(".")[0] in source.modules for our in ours):
+            tensors[name] = array
+    specs = {names[f"{path}.weight"].removesuffix(".weight"): spec for path, spec in source.modules.items()}
+    usual = Counter(specs.values()).most_common(1)[0][0] if specs else QuantSpec(4)
+    stem = f"afq{usual.bits}" if usual.mode == "affine" else usual.mode
+    write(out, stem, tensors, specs, source.folder)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is there already: give a new folder")
 
 
 def _extras(model: VisionLanguageModel, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
@@ -69,18 +129,6 @@ def _extras(model: VisionLanguageModel, weights: Mapping[str, mx.array], dtype: 
     names = [name for name, array in weights.items() if not is_buffer(name) and not model.sanitize({name: array})]
     floats = {name: weights[name] for name in names}
     return {name: array.astype(dtype) if array.dtype in DTYPES.values() else array for name, array in floats.items()}
-
-
-def _specs(model: VisionLanguageModel) -> dict[str, QuantSpec]:
-    """How each module was quantised, by its published path."""
-    assert isinstance(model, nn.Module)
-    return {
-        model.published(f"{path}.weight", module.weight)[0].removesuffix(".weight"): QuantSpec(
-            module.bits, module.group_size, module.mode
-        )
-        for path, module in model.named_modules()
-        if hasattr(module, "bits")
-    }
 
 
 def quantized_config(config: Mapping[str, Any], specs: Mapping[str, QuantSpec]) -> dict[str, Any]:

@@ -7,10 +7,8 @@ mistral.rs never takes quantised, are written unquantised.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from mlxvlm.checkpoint.ggml import GGMLType
 from mlxvlm.checkpoint.packed import OUTPUT_SCALE, QuantSpec
 from mlxvlm.checkpoint.uqff_files import RESIDUAL, SUFFIX
 from mlxvlm.checkpoint.uqff_layers import AFQ_BITS, AFQ_GROUPS, BLOCK, Format
+from mlxvlm.checkpoint.write import new_folder
 from mlxvlm.errors import UsageError, WeightsError
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.processors.files import ProcessorFiles, read_json
@@ -75,17 +74,10 @@ def write(
     """
     if target.exists():
         raise UsageError(f"{target} exists: name a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
-        shards = _write_shards(partial, stem, tensors, specs)
-        _write_file(partial / RESIDUAL, [_item(tensors, name) for name in sorted(tensors)])
-        _write_small_files(partial, source)
-        os.chmod(partial, 0o755)  # mkdtemp's is for its owner alone
-        os.rename(partial, target)
-    except BaseException:  # also Ctrl-C: nothing half done stays
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(target) as draft:
+        shards = _write_shards(draft, stem, tensors, specs)
+        _write_file(draft / RESIDUAL, [_item(tensors, name) for name in sorted(tensors)])
+        _write_small_files(draft, source)
     return [target / shard for shard in shards]
 
 

@@ -14,6 +14,7 @@ _EPILOG = """\
 examples:
   mlxvlm quantize -m Qwen/Qwen2-VL-2B-Instruct -o Qwen2-VL-2B-4bit --isq 4
   mlxvlm quantize -m ./llava-1.5-7b-hf -o llava-8bit --isq Q8_0 --topology layers.yaml
+  mlxvlm quantize -m ./llava-1.5-7b-hf -o llava-uqff --isq 4 --uqff
 
 The folder is in MLX-community's layout: mlxvlm and mlx-vlm load it as it is. To quantise while a model is loaded,
 without writing a folder, see `mlxvlm run --help`.
@@ -43,6 +44,7 @@ def add_parser(commands: Any) -> None:
         choices=("auto", "bfloat16", "float16", "float32"),
         help="of everything that is not quantised (default: auto, as in the checkpoint)",
     )
+    parser.add_argument("--uqff", action="store_true", help="write UQFF files, which mistral.rs loads, instead")
     parser.set_defaults(execute=execute)
 
 
@@ -50,13 +52,14 @@ def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
     from mlxvlm.checkpoint.build import recipe_of
     from mlxvlm.checkpoint.load import LoadOptions
-    from mlxvlm.checkpoint.quantize import quantize_folder
+    from mlxvlm.checkpoint.quantize import quantize_folder, quantize_uqff
 
     if args.isq is None and args.topology is None:
         raise UsageError("nothing to do: give a type with --isq, like --isq 4, or types by layer with --topology")
     recipe = recipe_of(LoadOptions(isq=args.isq, isq_tower=args.isq_vision, topology=args.topology))
     with byte_bar("quantising") as progress:
-        quantize_folder(args.model, args.output, recipe, args.dtype, progress, args.revision)
+        write = quantize_uqff if args.uqff else quantize_folder
+        write(args.model, args.output, recipe, args.dtype, progress, args.revision)
     size = sum(path.stat().st_size for path in args.output.iterdir())
     print(f"{args.output}: {size_text(size)}")
     return 0

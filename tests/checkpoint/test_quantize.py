@@ -11,10 +11,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxvlm.checkpoint import write
+from mlxvlm.checkpoint.build import recipe_of
 from mlxvlm.checkpoint.isq import Recipe
 from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
-from mlxvlm.checkpoint.quantize import quantize_folder
+from mlxvlm.checkpoint.quantize import quantize_folder, quantize_uqff
 from mlxvlm.checkpoint.topology import Topology
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.checkpoint.write import new_folder, write_shards
@@ -118,6 +119,28 @@ def test_tensors_that_this_runtime_never_binds_are_kept(tmp_path: Path) -> None:
     found = read_weights(out)
     assert unused in found
     assert not any("inv_freq" in name for name in found)
+
+
+@pytest.mark.parametrize("kind", ["4@32", "8", "mxfp4"])
+@pytest.mark.parametrize("family", CASES)
+def test_uqff_files_are_what_loading_with_isq_gives(family: str, kind: str, tmp_path: Path) -> None:
+    source, out = write_wide(tmp_path / "source", family), tmp_path / "out"
+    recipe = recipe_of(LoadOptions(isq=kind, isq_tower=True))
+    quantize_uqff(str(source), out, recipe, "auto", silent)
+    found = parameters(out)
+    expected = parameters(source, isq=kind, isq_tower=True)
+    # Marks of re-packed layers, which change nothing here.
+    found = {name: array for name, array in found.items() if not name.endswith(".output_scale")}
+    assert same(found, expected)
+    assert {path.name for path in out.glob("*.uqff")} <= {"afq4-0.uqff", "afq8-0.uqff", "afq6-0.uqff", "mxfp4-0.uqff"}
+
+
+def test_uqff_of_what_is_quantised_already(tmp_path: Path) -> None:
+    source = write_wide(tmp_path / "source", "idefics3")
+    quantize_folder(str(source), tmp_path / "first", FOUR, "auto", silent)
+    with pytest.raises(UsageError, match="is quantised already: give the original checkpoint"):
+        quantize_uqff(str(tmp_path / "first"), tmp_path / "out", FOUR, "auto", silent)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
