@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import mlx.nn as nn
 
 from mlxvlm.checkpoint.bind import choose_dtype, expected_bytes, fit
 from mlxvlm.checkpoint.hub import is_on_disk, resolve
+from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe, make_plan
+from mlxvlm.checkpoint.load import GGUF, UQFF
+from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
 from mlxvlm.families import NONSENSE, family_of, senseless
@@ -40,16 +44,21 @@ class MemoryNeed:
     """Bytes. `is_local` False: the weights are not on this machine yet."""
 
     model_type: str
-    weights_bytes: int
+    disk_bytes: int  # of the checkpoint's tensors as they are stored
+    weights_bytes: int  # of the bound model
+    loading_bytes: int  # at the peak of loading
     kv_bytes_per_token: int
     max_context: int
     is_local: bool
     num_tensors: int
     misfit: str  # what is wrong with names or shapes, "" where the checkpoint is the model's
+    left: Sequence[str] = ()  # what in-situ quantisation can't take, see isq.Plan
 
 
-def memory_need(model: str, revision: str | None = None, dtype: str = "auto") -> MemoryNeed:
+def memory_need(model: str, revision: str | None = None, dtype: str = "auto", recipe: Recipe = AS_IT_IS) -> MemoryNeed:
     """Of a folder from its files' headers, of a repository from the hub's, without fetching the weights."""
+    if model.endswith((GGUF, UQFF)):
+        raise ModelError(f"{model} is a GGUF or UQFF file: it needs about its own size in memory, a third more at most")
     folder = resolve(model, revision, weights=False)
     config = read_json(folder / "config.json")
     if not config:
@@ -59,15 +68,42 @@ def memory_need(model: str, revision: str | None = None, dtype: str = "auto") ->
     is_local = is_on_disk(model) or _has_weights(folder)
     weights = read_weights(folder) if is_local else _hub_weights(model, revision)
     target = choose_dtype(dtype, weights)
+    stored = {name: int(array.nbytes) for name, array in weights.items()}
+    # A stack of experts is read one expert at a time where it is quantised.
+    pieces = [array.nbytes // array.shape[0] if array.ndim == 3 else array.nbytes for array in weights.values()]
     named = built.sanitize(weights)
-    size = sum(expected_bytes(array, target) for array in named.values())
+    problem = misfit(built, named)
+    plan = make_plan(built, recipe)
+    sizes = {name: _bound_bytes(name, array, target, plan.specs) for name, array in named.items()}
+    size = sum(sizes.values())
     specs: list[KVSpec] = built.kv_specs
     per_token = sum(spec.bytes_per_token(target) for spec in specs)
     try:
         context = context_length(config)
     except NONSENSE as error:
         raise senseless(folder / "config.json", error) from error
-    return MemoryNeed(str(config["model_type"]), size, per_token, context, is_local, len(named), misfit(built, named))
+    return MemoryNeed(
+        model_type=str(config["model_type"]),
+        disk_bytes=sum(stored.values()),
+        weights_bytes=size,
+        loading_bytes=size + max(pieces if plan.specs else stored.values(), default=0),
+        kv_bytes_per_token=per_token,
+        max_context=context,
+        is_local=is_local,
+        num_tensors=len(named),
+        misfit=problem,
+        left=plan.left,
+    )
+
+
+def _bound_bytes(name: str, array: mx.array, dtype: mx.Dtype, specs: Mapping[str, QuantSpec]) -> int:
+    """Of a tensor once it is bound, its scales and biases included where it is quantised on the way."""
+    spec = specs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    if spec is None:
+        return expected_bytes(array, dtype)
+    # The float modes have one byte for each group, affine groups a scale and a bias.
+    per_group = 2 * dtype.size if spec.mode == "affine" else 1
+    return int(array.size * spec.bits // 8 + array.size // spec.group_size * per_group)
 
 
 def misfit(model: nn.Module, weights: dict[str, mx.array]) -> str:

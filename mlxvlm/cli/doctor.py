@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvlm.cli.options import size_text
@@ -28,6 +29,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-m", "--model", metavar="MODEL", help="`demo`, a folder, or a repository id (not downloaded)")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--isq", metavar="TYPE", help="what it would need quantised while loading: 4, Q4K, mxfp4 ...")
+    parser.add_argument("--isq-vision", action="store_true", help="the vision tower's layers too")
+    parser.add_argument("--topology", type=Path, metavar="FILE", help="a YAML file of types by layer")
     parser.set_defaults(execute=execute)
 
 
@@ -55,16 +59,22 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _report_model(args: argparse.Namespace, usable: int) -> None:
+    from mlxvlm.checkpoint.build import recipe_of
     from mlxvlm.checkpoint.estimate import memory_need
+    from mlxvlm.checkpoint.load import LoadOptions
 
-    need = memory_need(args.model, args.revision, args.dtype)
+    recipe = recipe_of(LoadOptions(isq=args.isq, isq_tower=args.isq_vision, topology=args.topology))
+    need = memory_need(args.model, args.revision, args.dtype, recipe)
     print()
     _row("model", f"{args.model} ({need.model_type}){'' if need.is_local else ', not on this machine yet'}")
-    _row("weights", f"{size_text(need.weights_bytes)}")
+    _row("on disk", size_text(need.disk_bytes))
+    _row("weights", f"{size_text(need.weights_bytes)}, {size_text(need.loading_bytes)} while loading")
+    for line in need.left:
+        _row("", line)
     _row("tensors", need.misfit or f"{need.num_tensors}, names and shapes are the model's")
-    _row("context", f"{size_text(need.kv_bytes_per_token)} a token, {need.max_context} tokens at most")
+    _row("KV cache", f"{size_text(1000 * need.kv_bytes_per_token)} for 1000 tokens, {need.max_context} tokens at most")
     for tokens in sorted({min(tokens, need.max_context) for tokens in _CONTEXTS}):
-        total = need.weights_bytes + tokens * need.kv_bytes_per_token
+        total = max(need.weights_bytes + tokens * need.kv_bytes_per_token, need.loading_bytes)
         verdict = "fits" if total < usable else "does not fit"
         _row(f"  {tokens} tokens", f"{size_text(total)} for weights and KV cache: {verdict}")
 

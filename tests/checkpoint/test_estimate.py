@@ -14,13 +14,16 @@ from mlx.utils import tree_flatten
 
 from mlxvlm.checkpoint import estimate
 from mlxvlm.checkpoint.bind import DTYPES
+from mlxvlm.checkpoint.build import recipe_of
 from mlxvlm.checkpoint.estimate import memory_need
 from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
+from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
 from mlxvlm.models.base import Inputs
 from tests.checkpoint.layouts import INDEX, SPLIT, TIED, config_of, mlx_names, quantised, tensors_of, write, write_mlx
+from tests.checkpoint.wide import CASES, write_wide
 from tests.golden import GOLDENS
 
 
@@ -52,6 +55,23 @@ def test_weights_of_a_folder_are_what_binding_allocates(kind: str, dtype: str, t
     assert need.max_context == open_model(str(folder)).max_context
 
 
+@pytest.mark.parametrize("isq", ["4@32", "8", "5", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", CASES)
+def test_quantised_sizes_are_what_loading_allocates(family: str, dtype: str, isq: str, tmp_path: Path) -> None:
+    folder = write_wide(tmp_path / "m", family)
+    options = LoadOptions(dtype, isq, isq_tower=True)
+    need = memory_need(str(folder), dtype=dtype, recipe=recipe_of(options))
+    tensors = read_weights(folder)
+    assert need.disk_bytes == sum(array.nbytes for array in tensors.values())
+    largest = max(array.nbytes // (array.shape[0] if array.ndim == 3 else 1) for array in tensors.values())
+    model = open_model(str(folder)).build(options, lambda done, total: None)
+    assert need.weights_bytes == sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert need.loading_bytes == need.weights_bytes + largest
+    is_narrow = family in ("idefics3", "llava_next") and isq != "nvfp4"
+    assert any("48 inputs" in line for line in need.left) == is_narrow
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("kind", ["idefics3_split", "smolvlm2_tied", "mxfp8"])
 def test_kv_bytes_are_the_caches_growth(kind: str, dtype: str, tmp_path: Path) -> None:
@@ -76,6 +96,11 @@ def test_context_that_the_config_leaves_out(tmp_path: Path) -> None:
 
 
 class TestFolders:
+    def test_gguf_and_uqff_files(self, tmp_path: Path) -> None:
+        (tmp_path / "m.gguf").write_bytes(b"GGUF")
+        with pytest.raises(ModelError, match="m.gguf is a GGUF or UQFF file: it needs about its own size"):
+            memory_need(str(tmp_path / "m.gguf"))
+
     def test_no_model(self, tmp_path: Path) -> None:
         with pytest.raises(ModelNotFoundError, match="is no model"):
             memory_need(str(tmp_path))
