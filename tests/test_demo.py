@@ -31,12 +31,16 @@ def messages_of(item: dict[str, Any]) -> list[Message]:
     ]
 
 
-@pytest.fixture(scope="module")
-def answers() -> list[mlxvlm.Completion]:
-    with mlxvlm.load("demo") as engine:
+def answered(isq: str | None = None) -> list[mlxvlm.Completion]:
+    with mlxvlm.load("demo", isq=isq, isq_cache=False) as engine:
         sampling = mlxvlm.SamplingParams(max_tokens=48)
         streams = [engine.submit(mlxvlm.Request(messages_of(item), sampling)) for item in ITEMS]
         return [stream.result() for stream in streams]
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[mlxvlm.Completion]:
+    return answered()
 
 
 def test_there_are_enough_pictures() -> None:
@@ -52,6 +56,18 @@ def test_text_equals_transformers(answers: list[mlxvlm.Completion]) -> None:
 def test_answers_are_right(answers: list[mlxvlm.Completion]) -> None:
     right = [answer.text.strip() == item["answer"].strip() for item, answer in zip(ITEMS, answers, strict=True)]
     assert sum(right) / len(right) >= RIGHT
+
+
+def test_eight_bits_keep_the_tokens(answers: list[mlxvlm.Completion]) -> None:
+    same = [a.token_ids == b.token_ids for a, b in zip(answered("8@32"), answers, strict=True)]
+    assert sum(same) / len(same) >= 0.95
+
+
+def test_four_bits_keep_the_right_answers(answers: list[mlxvlm.Completion]) -> None:
+    right = [answer.text.strip() == item["answer"].strip() for item, answer in zip(ITEMS, answers, strict=True)]
+    quantised = zip(answered("4"), ITEMS, right, strict=True)
+    kept = [answer.text.strip() == item["answer"].strip() for answer, item, was_right in quantised if was_right]
+    assert sum(kept) / len(kept) >= 0.90
 
 
 def test_it_is_small() -> None:
