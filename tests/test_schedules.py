@@ -69,7 +69,7 @@ class Plan:
                 self._submit(index, self._rows[index])
 
     def _submit(self, index: int, row: Row) -> None:
-        sampling = SamplingParams(max_tokens=row.max_tokens, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=row.max_tokens, ignore_eos=True, top_logprobs=0)
         self.streams[index] = self._engine.submit(Request(sampling=sampling, prompt=self._prompts[row.scenario]))
 
     def step(self, size: int) -> None:
@@ -99,6 +99,7 @@ class Setting(NamedTuple):
     engine: Engine
     model: Watched
     prompts: dict[str, Prompt]
+    singles: dict[str, list[float]]
 
     def check(self, rows: Sequence[Row]) -> list[int]:
         """Runs rows together and compares each with what it is alone; the sizes of the batch."""
@@ -108,7 +109,18 @@ class Setting(NamedTuple):
             found = list(answer.token_ids)
             assert found == expected[: len(found)], row
             assert len(found) == row.max_tokens or row.cancel is not None
+            alone = self.alone(row.scenario)[: len(found)]
+            assert [each.logprob for each in answer.logprobs] == pytest.approx(alone, abs=1e-4), row
         return plan.sizes
+
+    def alone(self, scenario: str) -> list[float]:
+        """The logprobs of a scenario's tokens with no other row beside it."""
+        if scenario not in self.singles:
+            self.model.plan = None
+            sampling = SamplingParams(max_tokens=LONGEST, ignore_eos=True, top_logprobs=0)
+            answer = self.engine.generate(Request(sampling=sampling, prompt=self.prompts[scenario]))
+            self.singles[scenario] = [each.logprob for each in answer.logprobs]
+        return self.singles[scenario]
 
 
 def opened(case: Case) -> Iterator[Setting]:
@@ -122,7 +134,7 @@ def opened(case: Case) -> Iterator[Setting]:
     prompts = {scenario: source.processor(case.messages(scenario), case.template) for scenario in case.scenarios}
     config = EngineConfig(source.max_context, source.defaults.eos_token_ids, prefill_chunk_while_decoding=64)
     with Engine(build, source.processor, config) as engine:
-        yield Setting(case, engine, watched[0], prompts)
+        yield Setting(case, engine, watched[0], prompts, {})
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxvlm.errors import UnsupportedModelError
 from mlxvlm.models.base import check_numbers
 from mlxvlm.models.layers import activation, join_heads, split_heads
 
@@ -143,7 +144,15 @@ def pixel_shuffle(x: mx.array, scale: int) -> mx.array:
 
 
 def to_channels_last(weight: mx.array, channels: int) -> mx.array:
-    """A patch convolution [O, C, kH, kW] as MLX wants it, [O, kH, kW, C]; one that already is stays."""
-    if weight.ndim == 4 and weight.shape[1] == channels and weight.shape[-1] != channels:
-        return weight.transpose(0, 2, 3, 1)
-    return weight
+    """A patch convolution [O, C, kH, kW] as MLX wants it, [O, kH, kW, C]; one that already is stays.
+
+    Raises UnsupportedModelError where the shape does not tell which it is.
+    """
+    if weight.ndim != 4 or weight.shape[1] != channels:
+        return weight
+    if weight.shape[-1] == channels:
+        raise UnsupportedModelError(
+            f"patches of {channels} pixels and {channels} channels are not supported: the patch convolution "
+            f"{tuple(weight.shape)} may be of either layout"
+        )
+    return weight.transpose(0, 2, 3, 1)

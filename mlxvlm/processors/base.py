@@ -91,15 +91,29 @@ def _check_message(message: Any, name: str) -> None:
             raise InputError(f"{name} has a {kind} among its parts: they are TextPart('...') or ImagePart(source)")
 
 
+def typed_markers(message: Message, marker: str) -> int:
+    """How many markers a user typed; within each part, as one that only two parts spell has no place of its own."""
+    return sum(part.text.count(marker) for part in message.parts if isinstance(part, TextPart))
+
+
+def check_typed(messages: Sequence[Message], marker: str) -> None:
+    """Raises InputError naming the turn that holds markers, but not one for each of its images."""
+    for index, message in enumerate(messages):
+        typed, images = typed_markers(message, marker), len(message.images)
+        if typed not in (0, images):
+            raise InputError(
+                f"message {index + 1} ({message.role}) has {typed} image marker(s) {marker!r} in its text and {images} "
+                "image(s): type one for each image, or none"
+            )
+
+
 def place_images(message: Message, marker: str) -> tuple[Part, ...]:
     """The parts of a turn with hand-typed image markers taken as the places of its pictures.
 
     Where the text holds exactly as many markers as the turn has pictures, the markers win and the pictures' own
     places are given up; else the parts stay as they are.
     """
-    # Counted within each part: a marker that only two parts together spell has no place of its own.
-    found = sum(part.text.count(marker) for part in message.parts if isinstance(part, TextPart))
-    if not message.images or found != len(message.images):
+    if not message.images or typed_markers(message, marker) != len(message.images):
         return message.parts
     images = iter(message.images)
     placed: list[Part] = []
@@ -133,8 +147,8 @@ def check_markers(rendered: str, marker: str, num_images: int) -> None:
     found = rendered.count(marker)
     if found > num_images:
         raise InputError(
-            f"the text has {found} image marker(s) {marker!r} for {num_images} image(s): "
-            "remove markers from the text, or send one image for each"
+            f"the chat template wrote {found} image marker(s) {marker!r} for {num_images} image(s): "
+            "give another with --chat-template FILE"
         )
     if found < num_images:
         raise InputError(
@@ -149,16 +163,18 @@ def expand_placeholders(rendered: str, marker: str, expansions: Sequence[str]) -
     return re.sub(re.escape(marker), lambda _: next(pieces), rendered)
 
 
-def placeholder_spans(token_ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[tuple[int, int]]:
+def placeholder_spans(
+    token_ids: Sequence[int], image_token_id: int, counts: Sequence[int], token: str
+) -> list[tuple[int, int]]:
     """[start, end) of each image when the i-th image owns the next counts[i] placeholders.
 
-    Raises InputError when the prompt holds another number of them.
+    Raises InputError when the prompt holds another number of them; `token` is how a text spells one.
     """
     positions = [index for index, token in enumerate(token_ids) if token == image_token_id]
     if len(positions) != sum(counts):
         raise InputError(
             f"the prompt has {len(positions)} image tokens where its images fill {sum(counts)}: "
-            f"the text itself holds the model's image token (id {image_token_id}), remove it"
+            f"the text itself holds {token!r}, the model's image token, remove it"
         )
     spans = []
     first = 0

@@ -19,6 +19,7 @@ from mlxvlm.processors.base import (
     Prompt,
     check_markers,
     check_messages,
+    check_typed,
     expand_placeholders,
     place_images,
     placeholder_spans,
@@ -56,6 +57,7 @@ class FamilyProcessor(ABC, Generic[Settings]):
         self.normalize = normalize
         self.max_context = context_length(files.config)
         self.image_token_id = self.find_image_token(files)
+        self.image_token = str(self.tokenizer.backend.id_to_token(self.image_token_id))
 
     @abstractmethod
     def find_image_token(self, files: ProcessorFiles) -> int:
@@ -102,6 +104,7 @@ class FamilyProcessor(ABC, Generic[Settings]):
     ) -> Prompt:
         """Raises InputError, ImageError, TemplateError or ContextLengthError."""
         check_messages(messages)
+        check_typed(messages, self.marker)
         turns = [(message, self.place(message)) for message in messages]
         rendered = self.template.render([self.turn(message, parts) for message, parts in turns], template)
         sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
@@ -110,7 +113,7 @@ class FamilyProcessor(ABC, Generic[Settings]):
         expansions = [self.expansion(pixels, layout) for pixels, layout, _ in images]
         token_ids = self.tokenizer.encode_prompt(expand_placeholders(rendered, self.marker, expansions))
         counts = [self.num_placeholders(pixels, layout) for pixels, layout, _ in images]
-        spans = placeholder_spans(token_ids, self.image_token_id, counts)
+        spans = placeholder_spans(token_ids, self.image_token_id, counts, self.image_token)
         prepared = [
             PreparedImage(pixels, layout, span, digest)
             for (pixels, layout, digest), span in zip(images, spans, strict=True)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mlxvlm.errors import ModelError
 from mlxvlm.messages import Message, Part, TextPart
-from mlxvlm.processors.base import turn_of_parts, turn_of_text
+from mlxvlm.processors.base import turn_of_parts, turn_of_text, typed_markers
 from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.transforms import (
@@ -247,10 +247,13 @@ class LlavaProcessor(FamilyProcessor[View]):
     def turn(self, message: Message, parts: Sequence[Part]) -> dict[str, Any]:
         """Content always as parts where it is no string: these templates drop plain strings silently.
 
-        Of system and assistant turns some print the first part only, so their text is one part.
+        Of system and assistant turns some print the first part only, so their text is one part. Pictures are printed
+        in front of the text wherever they stand, so text with markers that the user typed goes in as it is.
         """
         if self.template.takes_strings:
             return turn_of_text(message, parts, self.marker)
+        if message.images and typed_markers(message, self.marker):
+            parts = [part for part in message.parts if isinstance(part, TextPart)]
         if message.role != "user":
             parts = [*([TextPart(message.text)] if message.text else []), *message.images]
         return turn_of_parts(message, parts)

@@ -29,6 +29,7 @@ from mlxvlm.processors.transforms import (
     resize,
 )
 
+MAX_PIXELS = 10**12  # that a request may name; what is really made is bounded by the context
 MAX_ASPECT_RATIO = 200  # long side / short side; the reference refuses more
 IMAGE = "<|image_pad|>"
 WRAPPED_IMAGE = f"<|vision_start|>{IMAGE}<|vision_end|>"  # what the template writes for a picture
@@ -67,8 +68,8 @@ class ImageSettings:
         bounds = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         given: dict[str, Any] = {name: value for name, value in bounds.items() if value is not None}
         for name, value in given.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} is {value!r}; it is a number of pixels, 1 or more")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_PIXELS:
+                raise InputError(f"{name} is {value!r:.20}; it is a number of pixels, from 1 to {MAX_PIXELS}")
         changed = replace(self, **given)
         if given and changed.min_pixels > changed.max_pixels:
             raise InputError(

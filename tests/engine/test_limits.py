@@ -7,10 +7,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlxvlm.engine import runner
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import InputError, InternalError
-from mlxvlm.messages import ImageOptions, ImagePart, Message, user
+from mlxvlm.messages import ImageOptions, ImagePart, Message, TextPart, user
 from mlxvlm.processors.base import AS_THE_CHECKPOINT, PreparedImage, Prompt
 from tests.engine.test_engine import ids_of
 from tests.fakes import IMAGE, IMAGE_TOKENS, FakeModel, FakeProcessor, answer, ask, eventually, fake_engine
@@ -102,3 +103,23 @@ def test_a_request_passes_its_image_options_on() -> None:
         options = ImageOptions(max_pixels=7)
         engine.generate(Request([user("1")], SamplingParams(max_tokens=1), image_options=options))
     assert seen == [options]
+
+
+@pytest.mark.parametrize(("room", "batches"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (100, [5])])
+def test_pictures_go_through_the_tower_in_few_batches(
+    room: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many at once as the limit of pixels takes, at least one."""
+    found: list[int] = []
+
+    class Counting(FakeModel):
+        def encode_images(self, images: Any) -> list[mx.array]:
+            found.append(len(images))
+            return super().encode_images(images)
+
+    messages = [Message("user", (*(ImagePart(value) for value in range(1, 6)), TextPart("1")))]
+    size = FakeProcessor()(messages).images[0].pixels.size
+    monkeypatch.setattr(runner, "_VISION_BATCH", room * size)
+    with fake_engine(Counting()) as engine:
+        engine.generate(Request(messages, SamplingParams(max_tokens=2)))
+    assert found == batches

@@ -223,6 +223,13 @@ class TestConfig:
         assert nested.tie_word_embeddings
         assert nested.text.rope["rope_theta"] == flat.text.rope["rope_theta"] == 20000.0
 
+    def test_a_tie_that_only_the_text_config_names(self) -> None:
+        config = config_of(GOLDENS / "qwen2_vl_resaved")
+        del config["tie_word_embeddings"]
+        for tie in (True, False):
+            config["text_config"]["tie_word_embeddings"] = tie
+            assert Config.from_dict(config).tie_word_embeddings == tie
+
     def test_nested_text_wins_over_leftovers_at_the_root(self) -> None:
         config = config_of(GOLDENS / "qwen2_vl_resaved")
         assert Config.from_dict({**config, "hidden_size": 999, "vocab_size": 7}).text.hidden_size == 16

@@ -139,21 +139,23 @@ def test_markers_typed_by_hand(processor: Idefics3Processor, parts: list[Any], s
 
 
 @pytest.mark.parametrize(
-    ("conversation", "markers", "images"),
+    ("conversation", "turn", "markers", "images"),
     [
-        ([user("<image>")], 1, 0),
-        ([user("a <image> b <image>", [A])], 3, 1),
-        ([user("<image>", [A, B])], 3, 2),
-        ([user("<image>"), assistant("ok"), user("", [A])], 2, 1),
-        ([system("<image>"), user("a")], 1, 0),
+        ([user("<image>")], "1 (user)", 1, 0),
+        ([user("a <image> b <image>", [A])], "1 (user)", 2, 1),
+        ([user("<image>", [A, B])], "1 (user)", 1, 2),
+        ([user("<image>"), assistant("ok"), user("", [A])], "1 (user)", 1, 0),
+        ([user("", [A]), assistant("ok <image>"), user("a")], "2 (assistant)", 1, 0),
+        ([system("<image>"), user("a")], "1 (system)", 1, 0),
     ],
 )
 def test_markers_that_are_not_the_images(
-    processor: Idefics3Processor, conversation: list[Message], markers: int, images: int
+    processor: Idefics3Processor, conversation: list[Message], turn: str, markers: int, images: int
 ) -> None:
     with pytest.raises(InputError) as caught:
         processor(conversation)
-    assert str(caught.value).startswith(f"the text has {markers} image marker(s) '<image>' for {images} image(s)")
+    expected = f"message {turn} has {markers} image marker(s) '<image>' in its text and {images} image(s): type one"
+    assert str(caught.value).startswith(expected)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -244,14 +246,14 @@ def test_expand_placeholders() -> None:
 
 def test_check_markers() -> None:
     check_markers("<i>a<i>", "<i>", 2)
-    with pytest.raises(InputError, match=r"2 image marker\(s\) '<i>' for 1 image\(s\): remove markers"):
+    with pytest.raises(InputError, match=r"template wrote 2 image marker\(s\) '<i>' for 1 image\(s\)"):
         check_markers("<i><i>", "<i>", 1)
     with pytest.raises(InputError, match=r"gave 1 of 2 image\(s\) a place \('<i>'\): put images into user messages"):
         check_markers("<i>", "<i>", 2)
 
 
 def test_placeholder_spans() -> None:
-    assert placeholder_spans([1, 9, 9, 2, 9, 3, 9, 9], 9, [3, 2]) == [(1, 5), (6, 8)]
-    assert placeholder_spans([1, 2], 9, []) == []
+    assert placeholder_spans([1, 9, 9, 2, 9, 3, 9, 9], 9, [3, 2], "<i>") == [(1, 5), (6, 8)]
+    assert placeholder_spans([1, 2], 9, [], "<i>") == []
     with pytest.raises(InputError, match="1 image tokens where its images fill 2"):
-        placeholder_spans([9], 9, [2])
+        placeholder_spans([9], 9, [2], "<i>")

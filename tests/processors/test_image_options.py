@@ -65,7 +65,8 @@ def test_a_request_changes_its_own_pictures_only() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ImageOptions(min_pixels=0), "min_pixels is 0; it is a number of pixels, 1 or more"),
+        (ImageOptions(min_pixels=0), "min_pixels is 0; it is a number of pixels, from 1 to"),
+        (ImageOptions(min_pixels=10**400), "min_pixels is 1000000.*; it is a number of pixels"),
         (ImageOptions(max_pixels=-1), "max_pixels is -1;"),
         (ImageOptions(max_pixels=2.5), "max_pixels is 2.5;"),  # type: ignore[arg-type]
         (ImageOptions(max_pixels=True), "max_pixels is True;"),

@@ -29,7 +29,7 @@ from mlxvlm.processors.llama4 import (
     build,
     fitted_size,
 )
-from mlxvlm.processors.transforms import BFloat16Normalizer, round_to_bfloat16
+from mlxvlm.processors.transforms import BFloat16Normalizer, Normalizer, round_to_bfloat16
 from tests.golden import GOLDENS, Case
 
 NORMS = GOLDENS / "llama4_norms"
@@ -90,6 +90,13 @@ def test_steps_round_to_bfloat16() -> None:
     expected = (half.astype(mx.bfloat16) - mean) / std
     assert expected.dtype == mx.bfloat16
     assert np.array_equal(found, np.array(expected.astype(mx.float32)))
+
+
+@pytest.mark.parametrize("step", ["do_rescale", "do_normalize"])
+def test_only_both_steps_together_go_through_bfloat16(step: str) -> None:
+    """As in the reference, whose fused path is the one that rounds."""
+    assert type(build(files(image_processor={step: False})).normalize) is Normalizer
+    assert type(build(files()).normalize) is BFloat16Normalizer
 
 
 def test_pixel_values_are_the_references(processor: Llama4Processor) -> None:
@@ -158,11 +165,13 @@ class TestTurns:
 
 class TestErrors:
     def test_marker_in_the_text(self, processor: Llama4Processor) -> None:
-        with pytest.raises(InputError, match=r"1 image marker\(s\) '<\|image\|>' for 0"):
+        with pytest.raises(InputError, match=r"1 image marker\(s\) '<\|image\|>' in its text and 0 image"):
             processor([Message("user", (TextPart("this <|image|> here"),))])
 
     def test_patch_in_the_text(self, processor: Llama4Processor) -> None:
-        with pytest.raises(InputError, match="5 image tokens where its images fill 4"):
+        with pytest.raises(
+            InputError, match=r"5 image tokens where its images fill 4: the text itself holds '<\|patch\|>'"
+        ):
             processor([Message("user", (ImagePart(Image.new("RGB", (5, 5))), TextPart(PATCH)))])
 
     @pytest.mark.parametrize(

@@ -210,9 +210,26 @@ class TestPrompts:
             processor_of(folder)([user("What is <image>?")])
 
     def test_a_typed_marker_is_a_pictures_place(self, folder: Path) -> None:
-        typed = Message("user", (TextPart("<image>What?"), ImagePart(picture(9, 9))))
+        typed = Message("user", (TextPart("<image>\nWhat?"), ImagePart(picture(9, 9))))
         processor = processor_of(folder)
         assert processor([typed]).token_ids == processor([user("What?", [picture(9, 9)])]).token_ids
+
+    def test_typed_markers_stay_where_they_were_typed(self, folder: Path) -> None:
+        """Also where the template puts pictures in front of the text."""
+        hoisting = (
+            "{% for m in messages %}{% for c in m['content'] if c['type'] == 'image' %}<image>{% endfor %}"
+            "{% for c in m['content'] if c['type'] == 'text' %}[{{ c['text'] }}]{% endfor %}{% endfor %}"
+        )
+        config = json.loads((folder / "config.json").read_text())
+        processor = build(replace(ProcessorFiles.read(folder, config), template_source=hoisting))
+        images = [ImagePart(picture(30, 12)), ImagePart(picture(9, 9))]
+        parts = (TextPart("a <image> b"), images[0], TextPart("<image>"), images[1])
+        prompt = processor([Message("user", parts)])
+        markers = ["<image>" * (image.span[1] - image.span[0]) for image in prompt.images]
+        expected = processor.tokenizer.encode_prompt("[a {} b][{}]".format(*markers))
+        assert list(prompt.token_ids) == expected
+        digests = [processor.prepare_image(image.source)[2] for image in images]
+        assert [image.digest for image in prompt.images] == digests
 
     def test_digest_tells_settings_and_pixels_apart(self, folder: Path) -> None:
         image, other = picture(20, 20), picture(20, 20, seed=1)

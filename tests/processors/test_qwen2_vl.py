@@ -143,7 +143,7 @@ def test_a_typed_marker_is_the_pictures_place(processor: Qwen2VLProcessor, marke
 
 
 def test_another_count_of_markers_is_an_error(processor: Qwen2VLProcessor) -> None:
-    with pytest.raises(InputError, match=r"2 image marker.* 1 image"):
+    with pytest.raises(InputError, match=r"message 1 \(user\) has 1 image marker.* and 0 image"):
         processor([user(IMAGE), user("", [picture(9, 9)])])
 
 
