@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 
 from mlxvlm.checkpoint.build import recipe_of
 from mlxvlm.checkpoint.load import LoadOptions, open_model
@@ -194,7 +196,7 @@ def test_damage_is_named_or_does_no_harm(sound: tuple[str, Path]) -> None:
     files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
 
     @settings(
-        max_examples=FORMATS[kind][2] * int(os.environ.get("TIMES", 1)), deadline=HANG, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=FORMATS[kind][2], deadline=HANG, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
@@ -204,5 +206,35 @@ def test_damage_is_named_or_does_no_harm(sound: tuple[str, Path]) -> None:
             loads(folder, data.draw(st.sampled_from([None, "4@32"])))
         finally:
             path.write_bytes(files[path])
+
+    check()
+
+
+def test_no_room_is_noticed() -> None:
+    """What the others rely on."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no limit on address space here")
+    with little_room(), pytest.raises(MemoryError):
+        np.ones(2 * ROOM, np.uint8)
+
+
+def test_a_damaged_manifest_of_the_cache_costs_time_only(tmp_path: Path) -> None:
+    folder = write_wide(tmp_path / "model", "smolvlm")
+    options = LoadOptions(isq="4@32", isq_cache=tmp_path / "cache")
+
+    def parameters() -> dict[str, mx.array]:
+        with little_room():
+            return dict(tree_flatten(open_model(str(folder)).build(options, silent).parameters()))
+
+    expected = parameters()
+    (manifest,) = options.isq_cache.glob("*/manifest.json")
+    raw = manifest.read_bytes()
+
+    @settings(max_examples=100, deadline=HANG, database=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        manifest.write_bytes(damaged(data, manifest, raw))
+        found = parameters()
+        assert all(mx.array_equal(found[name], array) for name, array in expected.items())
 
     check()

@@ -173,6 +173,9 @@ NONSENSE: list[tuple[str, str, Any]] = [
     ("", "scale_factor", 3),
     ("", "image_token_id", "<image>"),
     ("", "image_token_id", -1),
+    ("text_config", "num_hidden_layers", 2**62),
+    ("vision_config", "num_hidden_layers", 1001),
+    ("text_config", "head_dim", 2**31 - 1),
     ("", "eos_token_id", "end"),
 ]
 

@@ -56,12 +56,14 @@ def same(found: Tensors, expected: Tensors) -> bool:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("family", CASES)
 def test_the_folder_is_what_loading_with_isq_gives(family: str, dtype: mx.Dtype, tmp_path: Path) -> None:
-    source, out = write_wide(tmp_path / "source", family, dtype), tmp_path / "deep" / "out"
+    source, out = write_wide(tmp_path / "source", family, dtype), tmp_path / "deep" / "er" / "out"
     quantize_folder(str(source), out, FOUR, "auto", silent)
     name = "bfloat16" if dtype == mx.bfloat16 else "float32"
     assert same(parameters(out, dtype=name), parameters(source, dtype=name, isq="4@32"))
     assert {path.name for path in source.iterdir()} <= {path.name for path in out.iterdir()}
-    assert not list(tmp_path.glob("deep/.*")), "drafts are gone"
+    assert not list(tmp_path.glob("deep/er/.*")), "drafts are gone"
+    assert out.stat().st_mode & 0o777 == 0o755
+    assert mx.load(str(out / "model.safetensors"), return_metadata=True)[1]["format"] == "mlx"
     floats = {array.dtype for array in read_weights(out).values()} - {mx.uint32}
     assert floats == {dtype}
 
