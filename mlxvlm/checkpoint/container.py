@@ -209,6 +209,7 @@ def _are_sizes(value: Any) -> bool:
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value
     )
 
+
 def damage(file: Path, reason: str) -> str:
     """What is wrong with a weight file, and the remedy."""
     try:

@@ -15,7 +15,6 @@ from mlxvlm.errors import ModelError, WeightsError
 from mlxvlm.processors.files import read_json
 
 
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: the index's shards, else those that lie in the folder.
 

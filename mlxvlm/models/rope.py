@@ -78,7 +78,7 @@ _FREQUENCIES: dict[str, Callable[[int, Mapping[str, Any]], NDArray[np.float32]]]
 
 
 def inverse_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.float32]:
-    """float32 [dims / 2]: angle of pair j at position p is p * result[j]. Raises ValueError for senseless parameters."""
+    """float32 [dims / 2]: angle of pair j at position p is p * result[j]. Raises ValueError for nonsense."""
     kind = parameters["rope_type"]
     if kind not in _FREQUENCIES:
         raise UnsupportedModelError(f"rope_type {kind!r} is not supported; supported: {', '.join(_FREQUENCIES)}")

@@ -264,7 +264,7 @@ class TestTypes:
         with pytest.raises(UsageError, match=r"is unknown; choose one of 2, 3, .*Q4K.*4@32"):
             parse_type(name)
 
-    @pytest.mark.parametrize("name", [name for name in TYPES if re.fullmatch(r"Q\d(K|_\d)", name)])
+    @pytest.mark.parametrize("name", [name for name in TYPES if re.fullmatch(r"Q\d(K|_0)|Q[45]_1", name)])
     def test_sizes_are_about_those_of_the_name(self, name: str) -> None:
         """In bits per weight, a 16-bit scale and bias counted for each group."""
         kind = gguf.GGMLQuantizationType[name.replace("K", "_K")]

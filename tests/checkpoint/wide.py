@@ -56,9 +56,7 @@ def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, mx.array]:
     return tensors
 
 
-def write_wide(
-    folder: Path, family: str, dtype: mx.Dtype = mx.float32, config: dict[str, Any] | None = None
-) -> Path:
+def write_wide(folder: Path, family: str, dtype: mx.Dtype = mx.float32, config: dict[str, Any] | None = None) -> Path:
     """A folder that opens as the golden case's does, with other weights."""
     golden = GOLDENS / CASES[family][0]
     folder.mkdir(parents=True, exist_ok=True)

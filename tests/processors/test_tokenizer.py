@@ -61,7 +61,7 @@ def test_a_prefix_that_aborts_the_process_elsewhere(tmp_path: Path) -> None:
 
 
 def test_a_panic_is_an_error_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class PanicException(BaseException):  # noqa: N818
+    class PanicException(BaseException):
         pass
 
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
