@@ -6,6 +6,7 @@ Nothing else is allowed: no other exception, no crash, no hang, no allocation be
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import struct
@@ -133,10 +134,15 @@ def overwritten(data: st.DataObject, raw: bytes) -> bytes:
     return bytes(copy[: len(raw)])
 
 
+def nested(data: st.DataObject, raw: bytes) -> bytes:
+    """Far deeper than any parser follows."""
+    return data.draw(st.sampled_from([b"[", b'{"a":'])) * 100_000
+
+
 def damaged(data: st.DataObject, path: Path, raw: bytes) -> bytes:
     ways = [cut, overwritten]
     if path.suffix == ".json":
-        ways += [odd_json] * 4
+        ways += [*[odd_json] * 8, nested]
     elif path.suffix in (".safetensors", ".uqff"):
         ways += [odd_header] * 2
     return data.draw(st.sampled_from(ways))(data, raw)
@@ -217,7 +223,8 @@ def test_no_room_is_noticed() -> None:
         np.ones(2 * ROOM, np.uint8)
 
 
-def test_a_damaged_manifest_of_the_cache_costs_time_only(tmp_path: Path) -> None:
+def test_a_damaged_manifest_of_the_cache_costs_time_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "mlxvlm")  # a line for each
     folder = write_wide(tmp_path / "model", "smolvlm")
     options = LoadOptions(isq="4@32", isq_cache=tmp_path / "cache")
 

@@ -144,7 +144,11 @@ def damage(entry: Path, kind: str) -> None:
         ("{", "manifest.json makes no sense"),
         ("[]", "manifest.json makes no sense"),
         ('{"files": {"model.safetensors": 3}}', "manifest.json makes no sense"),
+        ('{"files": []}', "manifest.json makes no sense"),
+        ('{"files": {"model.safetensors": {"bytes": 1e999, "crc32": 1}}}', "manifest.json makes no sense"),
+        ("[" * 100_000, "manifest.json makes no sense"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_a_damaged_entry_is_named_dropped_and_made_again(
     kind: str, problem: str, source: Path, tmp_path: Path, caplog: Log, monkeypatch: pytest.MonkeyPatch
