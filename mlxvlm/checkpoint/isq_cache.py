@@ -113,7 +113,7 @@ def _damage(entry: Path) -> str:
                     return f"{path.name} has other contents than were written"
     except OSError as error:
         return f"{Path(error.filename or _MANIFEST).name}: {error.strerror}"
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
         return f"{_MANIFEST} makes no sense"
     return "" if sizes else f"{_MANIFEST} names no files"
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlxvlm.checkpoint.container import TensorFile, damage
 from mlxvlm.checkpoint.hub import INDEX, shard_names
 from mlxvlm.errors import ModelError, WeightsError
 from mlxvlm.processors.files import read_json
-
-_LFS_POINTER = b"version https://git-lfs"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -46,6 +45,8 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 def read_file(file: Path) -> dict[str, mx.array]:
     """Every tensor of a safetensors file by name, unread. Raises WeightsError naming a damaged file."""
+    # mx.load cuts sizes to 32 bits, takes negative ones, and lets tensors share bytes.
+    TensorFile(file)
     try:
         loaded = mx.load(str(file))
     except (RuntimeError, ValueError, OSError) as error:
@@ -53,15 +54,3 @@ def read_file(file: Path) -> dict[str, mx.array]:
         raise WeightsError(damage(file, reason[0])) from error
     assert isinstance(loaded, dict)
     return loaded
-
-
-def damage(file: Path, reason: str) -> str:
-    """What is wrong with a weight file, and the remedy."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(len(_LFS_POINTER))
-    except OSError as unreadable:
-        return f"{file} can't be read: {unreadable.strerror}"
-    if start == _LFS_POINTER:
-        return f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`"
-    return f"{file} is damaged or truncated ({reason}); fetch it again"

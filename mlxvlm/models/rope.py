@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mlxvlm.errors import UnsupportedModelError
 
 DEFAULT_THETA = 10000.0
+_MAX_DIMS = 1 << 16  # far more than any head has
 
 Rotation: TypeAlias = Callable[[mx.array], mx.array]  # queries or keys [B, H, L, Dh] -> the same, rotated
 
@@ -77,11 +78,17 @@ _FREQUENCIES: dict[str, Callable[[int, Mapping[str, Any]], NDArray[np.float32]]]
 
 
 def inverse_frequencies(dims: int, parameters: Mapping[str, Any]) -> NDArray[np.float32]:
-    """float32 [dims / 2]: angle of pair j at position p is p * result[j]."""
+    """float32 [dims / 2]: angle of pair j at position p is p * result[j]. Raises ValueError for nonsense."""
     kind = parameters["rope_type"]
     if kind not in _FREQUENCIES:
         raise UnsupportedModelError(f"rope_type {kind!r} is not supported; supported: {', '.join(_FREQUENCIES)}")
-    return _FREQUENCIES[kind](dims, parameters)
+    if dims > _MAX_DIMS:
+        raise ValueError(f"heads of {dims} numbers")
+    with np.errstate(all="ignore"):
+        frequencies = _FREQUENCIES[kind](dims, parameters)
+    if not np.all(np.isfinite(frequencies) & (frequencies > 0)):
+        raise ValueError(f"these RoPE parameters give no frequencies: {dict(parameters)}")
+    return frequencies
 
 
 class RoPE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import tokenizers
 from mlxvlm.errors import InputError, ModelError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# Of no model here, and one that the merges don't have aborts the process in `tokenizers`.
+_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 
 class Tokenizer:
@@ -32,8 +36,17 @@ class Tokenizer:
         if not path.is_file():
             raise ModelError(f"{path.name} is missing in {path.parent}: this runtime needs the fast tokenizer's file")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{path} can't be read: {error.strerror}") from error
+        if _PREFIX.search(content):
+            raise ModelError(f"{path} can't be read: merges with a continuing_subword_prefix are not supported")
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(content)
+        except BaseException as error:
+            # Where the library panics, what it raises is no Exception, and has no public type.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ModelError(f"{path} can't be read: {error}") from error
         special = {}
         for name in SPECIAL_NAMES:

@@ -36,6 +36,12 @@ def test_auto_on_a_gpu_is_the_dtype_of_most_elements(monkeypatch: pytest.MonkeyP
     assert choose_dtype("auto", tensors(only=(mx.float32, 1))) == mx.float32
 
 
+def test_scales_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(mx.DeviceType.gpu, monkeypatch)
+    scales = {f"layer.{leaf}": mx.zeros((99,), mx.float32) for leaf in ("scales", "biases")}
+    assert choose_dtype("auto", {**MIXED, **scales}) == mx.bfloat16
+
+
 def test_auto_on_a_gpu_without_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     on(mx.DeviceType.gpu, monkeypatch)
     assert choose_dtype("auto", tensors(packed=(mx.uint32, 9))) == mx.float16

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxvlm.checkpoint.bind import bind
 from mlxvlm.checkpoint.build import recipe_of
 from mlxvlm.checkpoint.container import TensorFile
 from mlxvlm.checkpoint.isq import Recipe, make_plan
@@ -259,6 +264,14 @@ class TestTypes:
         with pytest.raises(UsageError, match=r"is unknown; choose one of 2, 3, .*Q4K.*4@32"):
             parse_type(name)
 
+    @pytest.mark.parametrize("name", [name for name in TYPES if re.fullmatch(r"Q\d(K|_0)|Q[45]_1", name)])
+    def test_sizes_are_about_those_of_the_name(self, name: str) -> None:
+        """In bits per weight, a 16-bit scale and bias counted for each group."""
+        kind = gguf.GGMLQuantizationType[name.replace("K", "_K")]
+        numbers, size = gguf.GGML_QUANT_SIZES[kind]
+        spec = TYPES[name]
+        assert abs(spec.bits + 32 / spec.group_size - 8 * size / numbers) < 0.5
+
     def test_every_listed_type_quantises(self) -> None:
         weight = mx.random.normal((4, 128), key=mx.random.key(0))
         for spec in TYPES.values():
@@ -299,6 +312,31 @@ def test_a_file_that_shrinks_under_the_experts(tmp_path: Path) -> None:
 
     with pytest.raises(WeightsError, match=r"can't be read|damaged"):
         source.build(LoadOptions(isq="4@32"), shrink)
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+def test_a_file_that_shrinks_after_its_header_was_read(
+    isq: str | None, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["idefics3"], folder)
+    source = open_model(str(folder))
+    model, weights = source.family.build_model(source.config), read_weights(folder)
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 4)
+    with pytest.raises(WeightsError, match=r"tensor .*\.weight can't be read"):
+        bind(model, weights, "float32", silent, recipe_of(LoadOptions(isq=isq)))
+
+
+def test_a_part_of_a_stack(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of gate and up projections, stored as one tensor, only the gates are wanted."""
+    topology = tmp_path / "t.yaml"
+    topology.write_text("/experts.gate_proj/: {isq: 4@32}")
+    options = LoadOptions(topology=topology)
+    found = loaded(folders["llama4"], topology=topology)
+    expected = at_once(folders["llama4"], options)
+    assert found.keys() == expected.keys()
+    assert all(mx.array_equal(found[name], array) for name, array in expected.items())
+    assert all("gate_proj" in name for name in found if name.endswith(".scales"))
 
 
 def test_layers_left_alone_are_told_in_one_line(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:

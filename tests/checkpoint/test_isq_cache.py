@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlxvlm.checkpoint import build as building
-from mlxvlm.checkpoint.isq_cache import ISQCache
+from mlxvlm.checkpoint import isq_cache
+from mlxvlm.checkpoint.isq import AS_IT_IS
+from mlxvlm.checkpoint.isq_cache import ISQCache, entry_key
 from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.errors import EngineClosedError
 from tests.checkpoint.wide import write_wide
@@ -79,6 +82,20 @@ def test_entries_of_everything_that_matters_are_apart(source: Path, tmp_path: Pa
     assert len(entries(cache)) == len(variants) + 1
 
 
+def test_a_key_is_of_the_file_the_config_and_what_computes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, config = source / "model.safetensors", {"rms_norm_eps": 1e-5}
+    copy = Path(shutil.copy2(file, source / "other.safetensors"))
+
+    def key(path: Path = file, config: dict[str, Any] = config) -> str:
+        return entry_key([path], config, AS_IT_IS, mx.float32)
+
+    keys = [key(), key(copy), key(config={"rms_norm_eps": 1e-6})]
+    monkeypatch.setattr(isq_cache, "version", lambda package: "9.9")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[-1]
+
+
 def test_other_weights_are_another_entry(source: Path, tmp_path: Path) -> None:
     """Also where a file has the same name, size and header."""
     cache = tmp_path / "cache"
@@ -127,7 +144,11 @@ def damage(entry: Path, kind: str) -> None:
         ("{", "manifest.json makes no sense"),
         ("[]", "manifest.json makes no sense"),
         ('{"files": {"model.safetensors": 3}}', "manifest.json makes no sense"),
+        ('{"files": []}', "manifest.json makes no sense"),
+        ('{"files": {"model.safetensors": {"bytes": 1e999, "crc32": 1}}}', "manifest.json makes no sense"),
+        ("[" * 100_000, "manifest.json makes no sense"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_a_damaged_entry_is_named_dropped_and_made_again(
     kind: str, problem: str, source: Path, tmp_path: Path, caplog: Log, monkeypatch: pytest.MonkeyPatch

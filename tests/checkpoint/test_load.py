@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlxvlm.checkpoint.conversion import Conversion
 from mlxvlm.checkpoint.load import GenerationDefaults, LoadOptions, open_model
+from mlxvlm.checkpoint.packed import QuantSpec
+from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from mlxvlm.families import FAMILIES, family_of
 from mlxvlm.processors.files import context_length
@@ -173,6 +177,9 @@ NONSENSE: list[tuple[str, str, Any]] = [
     ("", "scale_factor", 3),
     ("", "image_token_id", "<image>"),
     ("", "image_token_id", -1),
+    ("text_config", "num_hidden_layers", 2**62),
+    ("vision_config", "num_hidden_layers", 1001),
+    ("text_config", "head_dim", 2**31 - 1),
     ("", "eos_token_id", "end"),
 ]
 
@@ -293,3 +300,17 @@ def test_opening_imports_no_mlx() -> None:
     code += "; print('mlx.core' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(SPLIT)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("name", "spec"), [("none", None), ("4@32", QuantSpec(4, 32)), ("Q8_0", QuantSpec(8))])
+def test_what_has_no_exact_form_becomes_what_is_asked_for(name: str, spec: QuantSpec | None) -> None:
+    asked = []
+
+    def read(requantize: QuantSpec | None) -> Conversion:
+        asked.append(requantize)
+        conversion = Conversion(requantize)
+        conversion.weights = read_weights(SPLIT)
+        return conversion
+
+    replace(open_model(str(SPLIT)), read=read).build(LoadOptions(requantize=name), lambda done, total: None)
+    assert asked == [spec]

@@ -20,7 +20,7 @@ from mlxvlm.checkpoint.topology import Topology
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.checkpoint.write import new_folder, write_shards
 from mlxvlm.cli import main
-from mlxvlm.errors import ModelError, UsageError
+from mlxvlm.errors import ModelError, ModelNotFoundError, UsageError
 from mlxvlm.families import family_of
 from tests.checkpoint.wide import CASES, config_of, write_wide
 
@@ -56,12 +56,14 @@ def same(found: Tensors, expected: Tensors) -> bool:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("family", CASES)
 def test_the_folder_is_what_loading_with_isq_gives(family: str, dtype: mx.Dtype, tmp_path: Path) -> None:
-    source, out = write_wide(tmp_path / "source", family, dtype), tmp_path / "deep" / "out"
+    source, out = write_wide(tmp_path / "source", family, dtype), tmp_path / "deep" / "er" / "out"
     quantize_folder(str(source), out, FOUR, "auto", silent)
     name = "bfloat16" if dtype == mx.bfloat16 else "float32"
     assert same(parameters(out, dtype=name), parameters(source, dtype=name, isq="4@32"))
     assert {path.name for path in source.iterdir()} <= {path.name for path in out.iterdir()}
-    assert not list(tmp_path.glob("deep/.*")), "drafts are gone"
+    assert not list(tmp_path.glob("deep/er/.*")), "drafts are gone"
+    assert out.stat().st_mode & 0o777 == 0o755
+    assert mx.load(str(out / "model.safetensors"), return_metadata=True)[1]["format"] == "mlx"
     floats = {array.dtype for array in read_weights(out).values()} - {mx.uint32}
     assert floats == {dtype}
 
@@ -121,6 +123,16 @@ def test_tensors_that_this_runtime_never_binds_are_kept(tmp_path: Path) -> None:
     assert not any("inv_freq" in name for name in found)
 
 
+def test_a_type_for_what_stays(tmp_path: Path) -> None:
+    """For tensors that this runtime never binds too."""
+    source, out = write_wide(tmp_path / "source", "llava_next"), tmp_path / "out"
+    tensors = read_weights(source) | {"vision_tower.vision_model.post_layernorm.weight": mx.ones((32,))}
+    mx.eval(tensors)
+    mx.save_safetensors(str(source / "model.safetensors"), tensors)
+    quantize_folder(str(source), out, FOUR, "bfloat16", silent)
+    assert {array.dtype for array in read_weights(out).values()} == {mx.uint32, mx.bfloat16}
+
+
 @pytest.mark.parametrize("kind", ["4@32", "8", "mxfp4"])
 @pytest.mark.parametrize("family", CASES)
 def test_uqff_files_are_what_loading_with_isq_gives(family: str, kind: str, tmp_path: Path) -> None:
@@ -132,7 +144,8 @@ def test_uqff_files_are_what_loading_with_isq_gives(family: str, kind: str, tmp_
     # Marks of re-packed layers, which change nothing here.
     found = {name: array for name, array in found.items() if not name.endswith(".output_scale")}
     assert same(found, expected)
-    assert {path.name for path in out.glob("*.uqff")} <= {"afq4-0.uqff", "afq8-0.uqff", "afq6-0.uqff", "mxfp4-0.uqff"}
+    stem = {"4@32": "afq4", "8": "afq8", "mxfp4": "mxfp4"}[kind]
+    assert [path.name for path in out.glob("*.uqff")] == [f"{stem}-0.uqff"]
 
 
 def test_uqff_of_what_is_quantised_already(tmp_path: Path) -> None:
@@ -143,13 +156,27 @@ def test_uqff_of_what_is_quantised_already(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"is no model: it has no config\.json"):
+        quantize_folder(str(tmp_path), tmp_path / "out", FOUR, "auto", silent)
+
+
+def test_the_card_names_repositories_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of two parts is none."""
+    write_wide(tmp_path / "my" / "model", "idefics3")
+    monkeypatch.chdir(tmp_path)
+    quantize_folder("my/model", tmp_path / "out", FOUR, "auto", silent)
+    assert "base_model" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     source = write_wide(tmp_path / "source", "idefics3")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     for out in (tmp_path / "out", tmp_path / "out" / "precious", source):
-        with pytest.raises(UsageError, match="is there already: give a new folder"):
-            quantize_folder(str(source), out, FOUR, "auto", silent)
+        for quantize in (quantize_folder, quantize_uqff):
+            with pytest.raises(UsageError, match="is there already: give a new folder"):
+                quantize(str(source), out, FOUR, "auto", silent)
     assert (tmp_path / "out" / "precious").read_text() == "x"
     (tmp_path / "empty").mkdir()
     quantize_folder(str(source), tmp_path / "empty", FOUR, "auto", silent)

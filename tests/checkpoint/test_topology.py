@@ -67,6 +67,7 @@ BAD = {
     "\t0: 1": r"line 1: no YAML",
     "": r"t.yaml is empty",
     "# nothing": r"t.yaml is empty",
+    "[" * 5000: r"t.yaml: nested too deeply",
 }
 
 

@@ -222,7 +222,7 @@ class TestCheckpointNames:
         assert checkpoint_names(model, {"lm_head.weight": mx.zeros((160, 64))}) == {}
 
 
-@pytest.mark.peers
+@pytest.mark.peers("mistralrs")
 @pytest.mark.parametrize(
     ("recipe", "dtype", "gate"),
     [

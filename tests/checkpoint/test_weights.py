@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from mlxvlm.checkpoint.container import TensorFile
 from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.errors import ModelError, WeightsError
 from tests.checkpoint.layouts import INDEX
@@ -95,7 +96,11 @@ class TestWhichFiles:
         (tmp_path / INDEX).write_text(json.dumps(content))
         assert "has no weight_map" in error_of(tmp_path)
 
-    @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b'"model.safetensors"', b"null"], ids=repr)
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"[1]", b"{", b"\xff\xfe", b'"model.safetensors"', b"null", b"[" * 10**5],
+        ids=lambda raw: repr(raw[:20]),
+    )
     def test_index_that_is_no_json_object(self, content: bytes, tmp_path: Path) -> None:
         save(tmp_path, "model.safetensors")
         (tmp_path / INDEX).write_bytes(content)
@@ -171,6 +176,14 @@ class TestDamage:
             b'{"a": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0]}}',
             b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 64]}}',
             b'{"a": {"dtype": "F32", "shape": [1099511627776, 4], "data_offsets": [0, 64]}}',
+            # What mx.load takes without a word: cut to 32 bits, negative, no integers, bytes used twice or not at all.
+            b'{"a": {"dtype": "F32", "shape": [4294967297, 16], "data_offsets": [0, 64]}}',
+            b'{"a": {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]}}',
+            b'{"a": {"dtype": "F32", "shape": [4.5, 4], "data_offsets": [0, 64]}}',
+            b'{"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},'
+            b'"b": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}',
+            b'{"a": {"dtype": "F32", "shape": [8], "data_offsets": [32, 64]}}',
+            b'{"a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}',
             b'{"a": {"dtype": 7, "shape": [4, 4], "data_offsets": [0, 64]}}',
             b'{"\xff": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}',
         ],
@@ -179,6 +192,22 @@ class TestDamage:
     def test_header_that_lies(self, file: Path, header: bytes) -> None:
         file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
         assert "is damaged or truncated" in error_of(file.parent)
+
+    def test_dimensions_beyond_mlx(self, file: Path) -> None:
+        """Of an empty tensor, which fits any file."""
+        header = b'{"a": {"dtype": "F32", "shape": [4294967296, 0], "data_offsets": [0, 0]}}'
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+        assert "a has the shape [4294967296, 0]" in error_of(file.parent)
+
+    @pytest.mark.parametrize(
+        "dtype", [mx.bool_, mx.uint16, mx.uint64, mx.int64, mx.complex64, mx.int8, mx.bfloat16], ids=str
+    )
+    def test_types_of_mlx(self, file: Path, dtype: mx.Dtype) -> None:
+        array = mx.array([0, 1, 1]).astype(dtype)
+        mx.save_safetensors(str(file), {"a": array})
+        assert mx.array_equal(read_weights(file.parent)["a"], array)
+        read = TensorFile(file).read("a").mlx()
+        assert (read.dtype, read.tolist()) == (dtype, array.tolist())
 
     def test_a_folder_named_like_a_file(self, file: Path) -> None:
         file.unlink()

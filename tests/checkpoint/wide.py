@@ -56,14 +56,14 @@ def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, mx.array]:
     return tensors
 
 
-def write_wide(folder: Path, family: str, dtype: mx.Dtype = mx.float32) -> Path:
+def write_wide(folder: Path, family: str, dtype: mx.Dtype = mx.float32, config: dict[str, Any] | None = None) -> Path:
     """A folder that opens as the golden case's does, with other weights."""
     golden = GOLDENS / CASES[family][0]
     folder.mkdir(parents=True, exist_ok=True)
     for path in golden.iterdir():
         if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
             (folder / path.name).write_text(path.read_text())
-    config = config_of(family)
+    config = config or config_of(family)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: mx.contiguous(array.astype(dtype)) for name, array in tensors_of(config).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})

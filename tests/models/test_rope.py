@@ -168,3 +168,25 @@ def test_rotation(config: dict[str, Any], length: int, offset: int | list[int]) 
     np.testing.assert_allclose(found, expected, atol=2e-4)
     if max(offsets) < 10:
         np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rope_theta": -1.0},
+        {"rope_theta": float("inf")},
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        {"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": 0}},
+        {"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": float("nan")}},
+    ],
+    ids=str,
+)
+def test_parameters_that_give_no_frequencies(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="give no frequencies"):
+        inverse_frequencies(64, rope_parameters({"rope_theta": 10000.0, **wrong}))
+
+
+def test_heads_that_no_model_has() -> None:
+    """Before they are allocated."""
+    with pytest.raises(ValueError, match="heads of 4611686018427387904 numbers"):
+        inverse_frequencies(2**62, rope_parameters({}))

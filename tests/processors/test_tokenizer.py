@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +47,29 @@ def test_damaged_file(tmp_path: Path, content: bytes) -> None:
         Tokenizer.from_files(file, {}, {})
     assert str(caught.value).startswith(f"{file} can't be read: ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_prefix_that_aborts_the_process_elsewhere(tmp_path: Path) -> None:
+    content = json.loads(byte_tokenizer().to_str())
+    content["model"]["continuing_subword_prefix"] = "##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="a continuing_subword_prefix are not supported"):
+        Tokenizer.from_files(tmp_path / "tokenizer.json", {}, {})
+    content["model"]["continuing_subword_prefix"] = ""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.from_files(tmp_path / "tokenizer.json", {}, {})
+
+
+def test_a_panic_is_an_error_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    for error, expected in ((PanicException("slice"), ModelError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        library = Mock(from_buffer=Mock(side_effect=error))
+        monkeypatch.setattr(tokenizers, "Tokenizer", library)
+        with pytest.raises(expected):
+            Tokenizer.from_files(tmp_path / "tokenizer.json", {}, {})
 
 
 def test_padding_and_truncation_are_switched_off(tmp_path: Path) -> None:
