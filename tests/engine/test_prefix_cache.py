@@ -172,10 +172,10 @@ def test_a_cache_of_no_bytes_hashes_nothing() -> None:
     assert keys == []
 
 
-def random_row(length: int, owner: int = 0) -> KVGroup:
-    row = KVGroup.single(SPECS, owner)
+def random_row(length: int, owner: int = 0, specs: Sequence[KVSpec] = SPECS) -> KVGroup:
+    row = KVGroup.single(specs, owner)
     step = KVPass([row], length)
-    for layer, spec in zip(step.layers, SPECS, strict=True):
+    for layer, spec in zip(step.layers, specs, strict=True):
         new = [mx.random.normal((1, spec.num_kv_heads, length, spec.head_dim)) for _ in range(3)]
         mx.eval(layer.attend(*new, 1.0))
     step.commit()
@@ -198,21 +198,22 @@ def test_a_row_made_of_blocks_is_the_row(cuts: list[int]) -> None:
     for mine, theirs in zip(row.arrays, group.arrays, strict=True):
         assert mx.array_equal(mine[:, :, : cuts[-1]], theirs[slot : slot + 1, :, : cuts[-1]])
     before = row.nbytes
-    row.reserve(1)
+    row.reserve(2)
     assert row.nbytes == before
 
 
-def test_no_view_is_stored() -> None:
-    """Also of a layer with one head, whose slices are contiguous as they are."""
+@pytest.mark.parametrize("specs", [SPECS, [KVSpec(1, 128)]], ids=["layers", "one-head"])
+def test_no_view_is_stored(specs: list[KVSpec]) -> None:
+    """Also of a single layer with one head, whose slices are contiguous as they are."""
     mx.clear_cache()
     gc.collect()
     floor = mx.get_active_memory()
     cache, keys = PrefixCache(1 << 30, 64), chain(range(640), size=64)
-    row = random_row(640)
+    row = random_row(640, specs=specs)
     cache.store(keys[:9], partial(row.copy, 0))
     del row
     held = mx.get_active_memory() - floor
-    per_token = sum(spec.bytes_per_token(mx.float32) for spec in SPECS)
+    per_token = sum(spec.bytes_per_token(mx.float32) for spec in specs)
     assert cache.nbytes == 9 * 64 * per_token
     assert 0 <= held - cache.nbytes < 4096
     cache.shrink(4 * 64 * per_token)

@@ -122,6 +122,37 @@ def test_a_store_that_fails_ends_no_engine(monkeypatch: pytest.MonkeyPatch) -> N
         assert list(engine.generate(ask([1, 2, 3], 4)).token_ids) == answer([1, 2, 3], 4)
 
 
+def test_what_fails_while_a_row_is_kept_is_the_error_of_the_step_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy waits for that step, and a device tells an error once."""
+    with caching_engine(block=1) as engine:
+        streams = [engine.submit(ask(ids, 2000)) for ids in ([4, 2, 6], [5, 1])]
+        for stream in streams:
+            for _, _delta in zip(range(3), stream, strict=False):
+                pass
+        first, copy = min(engine._open), KVGroup.copy
+        monkeypatch.setattr(KVGroup, "copy", lambda group, owner, *cut: copy(group, owner // (owner != first), *cut))
+        streams[0].cancel()
+        with pytest.raises(InternalError, match="ZeroDivision"):
+            streams[1].result()
+        assert eventually(lambda: not engine._open and not engine._runner.batch.groups)
+
+
+def test_features_are_no_pieces_of_something_larger() -> None:
+    class Splitting(FakeModel):
+        def encode_images(self, images: Any) -> list[mx.array]:
+            pieces = super().encode_images(images)
+            whole = mx.concatenate([mx.pad(piece, ((0, 10_000), (0, 0))) for piece in pieces])
+            return [piece[:IMAGE_TOKENS] for piece in mx.split(whole, len(pieces))]
+
+    gc.collect()
+    floor = mx.get_active_memory()
+    with caching_engine(Splitting()) as engine:
+        request = pictures("5", 7, "3", 9, "1")
+        assert list(engine.generate(request).token_ids) == on_paper(request)
+        assert engine.stats().feature_cache.entries == 2
+        assert eventually(lambda: mx.get_active_memory() - floor < 20_000)
+
+
 def test_one_ids_other_picture() -> None:
     with caching_engine(block=1) as engine:
         for number in (7, 9, 7):
