@@ -14,11 +14,14 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import TypeAlias
 
 import mlx.core as mx
 
 from mlxvlm.engine import device
+from mlxvlm.engine.block_files import BlockFiles
 from mlxvlm.engine.feature_cache import FeatureCache
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
@@ -29,8 +32,8 @@ from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
 from mlxvlm.engine.stats import EngineStats
 from mlxvlm.engine.stream import Stream
-from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, MlxvlmError
-from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, MlxvlmError, UsageError
+from mlxvlm.models.base import KVSpec, VisionLanguageModel
 from mlxvlm.processors.base import Processor, Prompt, check_messages
 
 Command: TypeAlias = Callable[[], None]
@@ -58,6 +61,11 @@ class EngineConfig:
     prefix_cache_bytes: int | None = None
     feature_cache_bytes: int | None = None
     prefix_block_tokens: int = BLOCK_TOKENS  # of which only whole ones are kept
+    # Blocks that were used twice are kept here too, for the next start of the same model: model_id must tell
+    # checkpoint, revision, quantisation and dtype.
+    prefix_cache_dir: Path | None = None
+    prefix_cache_dir_bytes: int = 10 << 30
+    model_id: str = ""
 
 
 class Engine:
@@ -149,7 +157,8 @@ class Engine:
 
         try:
             device.configure()
-            self._runner = ModelRunner(build(report), *_caches(self.config))
+            model = build(report)
+            self._runner = ModelRunner(model, *_caches(self.config, model.kv_specs))
             self._vocab_size = self._runner.model.vocab_size
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             self._loaded.set_exception(error)
@@ -164,7 +173,10 @@ class Engine:
             sequence.fail(EngineClosedError("the engine was closed"))
         self._open.clear()
         self._pending = None
-        self.__dict__.pop("_runner", None)
+        runner: ModelRunner | None = self.__dict__.pop("_runner", None)
+        if runner is not None:
+            runner.prefixes.close()
+            del runner
         mx.clear_cache()
         # Without this, MLX may abort the process at its exit.
         mx.clear_streams()
@@ -227,7 +239,10 @@ class Engine:
     def _advance(self, sequence: Sequence, is_decoding: bool) -> None:
         if not sequence.started:
             sequence.start_clock()
+        if not sequence.recalled:
             self._runner.recall(sequence)
+        if not sequence.recalled:
+            return
         if sequence.phase is Phase.VISION:
             self._runner.encode_images(sequence)
         else:
@@ -288,13 +303,18 @@ class Engine:
         self._guarded(under_way, partial(self._runner.drop, sequence))
 
 
-def _caches(config: EngineConfig) -> tuple[PrefixCache, FeatureCache]:
+def _caches(config: EngineConfig, specs: Seq[KVSpec]) -> tuple[PrefixCache, FeatureCache]:
     """Made when the model is loaded, as they share what it leaves free."""
+    files, root = None, sha256(repr((1, config.model_id, list(specs))).encode()).digest()
+    if config.prefix_cache_dir is not None:
+        if not config.model_id:
+            raise UsageError("prefix_cache_dir needs a model_id: models that share files must be told apart")
+        files = BlockFiles(config.prefix_cache_dir, config.prefix_cache_dir_bytes)
     budget = device.cache_budget()
     of_features = int(budget * _FEATURE_SHARE)
     prefixes, features = config.prefix_cache_bytes, config.feature_cache_bytes
     return (
-        PrefixCache(budget - of_features if prefixes is None else prefixes, config.prefix_block_tokens),
+        PrefixCache(budget - of_features if prefixes is None else prefixes, config.prefix_block_tokens, root, files),
         FeatureCache(of_features if features is None else features),
     )
 

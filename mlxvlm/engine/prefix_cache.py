@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlxvlm.engine.block_files import BlockFiles
 from mlxvlm.engine.kv_cache import KVBlock
 from mlxvlm.engine.stats import CacheStats
 from mlxvlm.processors.base import PreparedImage
@@ -38,11 +39,15 @@ class PrefixCache:
     parent: what is held of a chain is always its beginning.
     """
 
-    def __init__(self, max_bytes: int, block_tokens: int = BLOCK_TOKENS) -> None:
+    def __init__(
+        self, max_bytes: int, block_tokens: int = BLOCK_TOKENS, root: bytes = _ROOT, files: BlockFiles | None = None
+    ) -> None:
+        """`files` outlive the process, so that `root` must then tell all models apart that write to them."""
         self.block_tokens = block_tokens
         self.max_bytes = max_bytes
         self.nbytes = 0
         self.hits = self.misses = 0  # prompts of which something was held, or nothing
+        self._root, self._files = root, files
         # Least recently used first. A parent always comes after its children, so the first of all is a leaf.
         self._blocks: OrderedDict[bytes, KVBlock] = OrderedDict()
 
@@ -51,7 +56,7 @@ class PrefixCache:
         size = self.block_tokens
         for index in range(len(keys), len(ids) // size if self.max_bytes else 0):
             start = index * size
-            keys.append(block_key(keys[-1] if keys else _ROOT, ids[start : start + size], start, images))
+            keys.append(block_key(keys[-1] if keys else self._root, ids[start : start + size], start, images))
 
     def count(self, keys: Sequence[bytes]) -> int:
         """How many blocks of a chain are held."""
@@ -66,22 +71,43 @@ class PrefixCache:
         """The blocks that are held of a chain, from its beginning."""
         held = keys[: self.count(keys)]
         self._touch(held)
+        if self._files is not None:
+            # What a second prompt begins with is worth a file. Parents last, so that they are the last to go.
+            for key in reversed(held):
+                self._files.keep(key, self._blocks[key])
         return [self._blocks[key] for key in held]
+
+    def fetch(self, keys: Sequence[bytes]) -> bool:
+        """Brings the next block of a chain into memory; False if no file has it or there is no room."""
+        held = self.count(keys)
+        if self._files is None or held == len(keys) or keys[held] not in self._files:
+            return False
+        block = self._files.read(keys[held])
+        if block is None:
+            return False
+        self.store(keys[: held + 1], lambda start, end: block)
+        return self.count(keys) > held
+
+    def close(self) -> None:
+        """Waits for files that are being written."""
+        if self._files is not None:
+            self._files.close()
 
     def store(self, keys: Sequence[bytes], copy: Callable[[int, int], KVBlock]) -> None:
         """Adds what is missing of a chain, as far as it fits; `copy(start, end)` gives a block of positions."""
-        size, own = self.block_tokens, set(keys)
+        size = self.block_tokens
         held = self.count(keys)
         self._touch(keys[:held])
+        own = set(keys)
         try:
-            for index in range(held, len(keys)):
-                block = copy(index * size, (index + 1) * size)
+            while held < len(keys):
+                block = copy(held * size, (held + 1) * size)
                 if not self._make_room(block.nbytes, own):
                     break
                 mx.eval(block.keys, block.values)
-                self._blocks[keys[index]] = block
+                self._blocks[keys[held]] = block
                 self.nbytes += block.nbytes
-                held = index + 1
+                held += 1
         finally:
             self._touch(keys[:held])
 

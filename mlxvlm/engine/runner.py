@@ -42,10 +42,15 @@ class ModelRunner:
         self.encoded_images = 0
 
     def recall(self, sequence: Sequence) -> None:
-        """A sequence's first work: what is held of its prompt and its pictures need not be computed."""
+        """A sequence's first work: what is held of its prompt and its pictures need not be computed.
+
+        A block that comes from a file is a unit of work, to be called again after.
+        """
         prompt = sequence.prompt
-        sequence.kv = KVGroup.single(self.model.kv_specs, sequence.id)
         self.prefixes.extend(sequence.block_keys, prompt.token_ids, prompt.images)
+        if self.prefixes.fetch(sequence.block_keys):
+            return
+        sequence.kv = KVGroup.single(self.model.kv_specs, sequence.id)
         self._skip_held(sequence)
         self.prefixes.record(bool(sequence.cached_tokens))
         sequence.needed = self.model.needed_images(prompt, sequence.prefilled)

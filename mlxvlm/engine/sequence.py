@@ -82,6 +82,11 @@ class Sequence:
         return self.phase is Phase.DONE
 
     @property
+    def recalled(self) -> bool:
+        """Whether it has a cache, with what was held of its prompt."""
+        return self.kv is not None
+
+    @property
     def prefill_length(self) -> int:
         """All but the last prompt token, which is the first that decode reads."""
         return len(self.prompt.token_ids) - 1
