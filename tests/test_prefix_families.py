@@ -231,3 +231,16 @@ def test_evictions_change_nothing(family: Family, cold: Cold) -> None:
 
 def family_specs(family: Family) -> Any:
     return family.case.build().kv_specs
+
+
+def test_files_give_what_memory_gave(family: Family, cold: Cold, tmp_path: Path) -> None:
+    """A new process finds the blocks of pictures too."""
+    asked = family.prompt(user("What do you see?", [family.picture("wide"), family.picture("rgba")]))
+    keep = {"prefix_cache_bytes": PLENTY, "prefix_block_tokens": 13, "prefix_cache_dir": tmp_path, "model_id": "tiny"}
+    with family.engine(**keep) as (engine, _):
+        inside = [engine.generate(request(asked)) for _ in range(2)][1]
+    with family.engine(**keep) as (engine, tower):
+        again = engine.generate(request(asked))
+        assert_same(again, cold(asked))
+        assert again.usage.cached_tokens == inside.usage.cached_tokens > asked.images[1].span[1]
+        assert len(tower.encoded) == len(tower.needed_images(asked, again.usage.cached_tokens))

@@ -12,7 +12,10 @@ import logging
 import os
 import struct
 import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,7 +27,8 @@ from mlxvlm.engine.kv_cache import KVBlock
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # safetensors' names
 _SUFFIX = ".safetensors"
 _MAX_HEADER_BYTES = 4096
-_MAX_WAITING = 64  # blocks; they stay in memory until written, and those beyond it are left for their next use
+_MAX_WAITING = 16  # blocks; they stay in memory until written, and those beyond it are left for their next use
+_LEFT_OVER_S = 3600  # age at which a file that is not finished is no longer being written
 _logger = logging.getLogger(__name__)
 
 
@@ -37,6 +41,9 @@ class BlockFiles:
         self._lock = threading.Lock()
         self._waiting: set[str] = set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlxvlm-blocks")
+        for path in folder.glob("*.part"):
+            if time.time() - path.stat().st_mtime > _LEFT_OVER_S:
+                path.unlink(missing_ok=True)
         entries = [(path, path.stat()) for path in folder.glob(f"*{_SUFFIX}")]
         entries.sort(key=lambda entry: entry[1].st_mtime_ns)
         self._sizes = {path.stem: entry.st_size for path, entry in entries}  # least recently used first
@@ -56,7 +63,7 @@ class BlockFiles:
             block = _decode(np.fromfile(path, np.uint8))
         except FileNotFoundError:
             block = None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             _logger.warning("%s: %s; its tokens are computed anew", path, error)
             path.unlink(missing_ok=True)
             block = None
@@ -65,17 +72,20 @@ class BlockFiles:
                 self._sizes.pop(key.hex(), None)
         return block
 
-    def keep(self, key: bytes, block: KVBlock) -> None:
-        """Marks a block as used; it is written if it has no file yet."""
-        name = key.hex()
+    def keep(self, keys: Sequence[bytes], blocks: Sequence[KVBlock]) -> None:
+        """Marks a chain as used and writes what has no file yet, from its beginning and not all at once."""
+        names = [key.hex() for key in keys]
         with self._lock:
-            if name in self._sizes:
+            for name, block in zip(names, blocks, strict=True):
+                if name not in self._sizes and name not in self._waiting and len(self._waiting) < _MAX_WAITING:
+                    self._waiting.add(name)
+                    data = [_bytes_of(block.keys), _bytes_of(block.values)]
+                    self._writer.submit(self._write, name, _describe(block), data)
+            # Parents last, so that they are the last to go.
+            held = [name for name in reversed(names) if name in self._sizes]
+            for name in held:
                 self._sizes[name] = self._sizes.pop(name)
-                # For the next process, and for others that share the folder.
-                self._writer.submit(_touch, self._path(name))
-            elif name not in self._waiting and len(self._waiting) < _MAX_WAITING:
-                self._waiting.add(name)
-                self._writer.submit(self._write, name, _header(block), [_bytes_of(block.keys), _bytes_of(block.values)])
+        self._writer.submit(_touch, [self._path(name) for name in held])
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -112,11 +122,11 @@ class BlockFiles:
         return self._folder / f"{name}{_SUFFIX}"
 
 
-def _touch(path: Path) -> None:
-    try:
-        os.utime(path)
-    except OSError:  # another process has dropped it
-        return
+def _touch(paths: list[Path]) -> None:
+    """For the next process, and for others that share the folder."""
+    for path in paths:
+        with suppress(OSError):  # another process has dropped it
+            os.utime(path)
 
 
 def _bytes_of(array: mx.array) -> NDArray[np.uint8]:
@@ -126,7 +136,7 @@ def _bytes_of(array: mx.array) -> NDArray[np.uint8]:
     return np.array(flat, copy=False)
 
 
-def _header(block: KVBlock) -> dict[str, object]:
+def _describe(block: KVBlock) -> dict[str, object]:
     names = {dtype: name for name, dtype in _DTYPES.items()}
     split, end = int(block.keys.nbytes), block.nbytes
     return {

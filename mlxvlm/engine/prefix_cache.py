@@ -71,11 +71,10 @@ class PrefixCache:
         """The blocks that are held of a chain, from its beginning."""
         held = keys[: self.count(keys)]
         self._touch(held)
+        blocks = [self._blocks[key] for key in held]
         if self._files is not None:
-            # What a second prompt begins with is worth a file. Parents last, so that they are the last to go.
-            for key in reversed(held):
-                self._files.keep(key, self._blocks[key])
-        return [self._blocks[key] for key in held]
+            self._files.keep(held, blocks)  # what a second prompt begins with is worth a file
+        return blocks
 
     def fetch(self, keys: Sequence[bytes]) -> bool:
         """Brings the next block of a chain into memory; False if no file has it or there is no room."""
