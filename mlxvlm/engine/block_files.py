@@ -27,7 +27,7 @@ from mlxvlm.engine.kv_cache import KVBlock
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # safetensors' names
 _SUFFIX = ".safetensors"
 _MAX_HEADER_BYTES = 4096
-_MAX_WAITING = 16  # blocks; they stay in memory until written, and those beyond it are left for their next use
+_MAX_WAITING = 64  # blocks; they stay in memory until written, and those beyond it are left for their next use
 _LEFT_OVER_S = 3600  # age at which a file that is not finished is no longer being written
 _logger = logging.getLogger(__name__)
 

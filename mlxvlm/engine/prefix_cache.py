@@ -19,7 +19,9 @@ from mlxvlm.engine.kv_cache import KVBlock
 from mlxvlm.engine.stats import CacheStats
 from mlxvlm.processors.base import PreparedImage
 
-BLOCK_TOKENS = 256
+# What a prompt shares is cut to whole blocks, so small ones save more: of a LLaVA prompt of 600 tokens with another
+# question, 256 leave 88 tokens and a cut picture to run, 64 leave 24.
+BLOCK_TOKENS = 64
 _ROOT = b"\0" * hashlib.sha256().digest_size
 
 

@@ -299,4 +299,4 @@ def test_an_engine_has_caches_unless_told() -> None:
             runner = engine._runner
             assert (runner.prefixes.max_bytes > 0, runner.features.max_bytes > 0) == expected
             assert runner.prefixes.max_bytes + runner.features.max_bytes <= device.cache_budget()
-    assert EngineConfig(8, frozenset()).prefix_block_tokens == 256
+    assert EngineConfig(8, frozenset()).prefix_block_tokens == 64
