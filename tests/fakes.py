@@ -19,7 +19,7 @@ from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import InputError
 from mlxvlm.messages import ImageOptions, ImagePart, Message, TextPart
-from mlxvlm.models.base import Cache, Inputs, KVSpec, RowState, merge_features
+from mlxvlm.models.base import Cache, Features, Inputs, KVSpec, RowState, images_from, merge_features
 from mlxvlm.processors.base import AS_THE_CHECKPOINT, PreparedImage, Prompt
 
 VOCAB = 61
@@ -98,7 +98,10 @@ class FakeModel:
         self.encoded += values
         return [mx.full((IMAGE_TOKENS, 4), value, mx.float32) for value in values]
 
-    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        return images_from(prompt, start)
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         embeds = self._embed(mx.array(prompt.token_ids)[None])
         return Inputs(merge_features(embeds, prompt, IMAGE, features))
 

@@ -24,6 +24,7 @@ from tests.fakes import eventually
 from tests.golden import GOLDENS, Case
 
 LONGEST = 24  # tokens that a golden has
+BLOCK = 7  # tokens that the prefix cache keeps together
 
 
 class Row(NamedTuple):
@@ -101,6 +102,16 @@ class Setting(NamedTuple):
     prompts: dict[str, Prompt]
     singles: dict[str, list[float]]
 
+    def keep(self, blocks: int, features: int) -> None:
+        """Sets the sizes of the caches, the features' in bytes."""
+        runner = self.engine._runner
+        runner.prefixes.max_bytes = (
+            blocks * BLOCK * sum(spec.bytes_per_token(mx.float32) for spec in runner.model.kv_specs)
+        )
+        runner.features.max_bytes = features
+        runner.prefixes.shrink(runner.prefixes.max_bytes)
+        runner.features.shrink(features)
+
     def check(self, rows: Sequence[Row]) -> list[int]:
         """Runs rows together and compares each with what it is alone; the sizes of the batch."""
         self.model.plan = plan = Plan(self.engine, self.prompts, rows)
@@ -132,7 +143,9 @@ def opened(case: Case) -> Iterator[Setting]:
         return watched[0]
 
     prompts = {scenario: source.processor(case.messages(scenario), case.template) for scenario in case.scenarios}
-    config = EngineConfig(source.max_context, source.defaults.eos_token_ids, prefill_chunk_while_decoding=64)
+    config = EngineConfig(
+        source.max_context, source.defaults.eos_token_ids, prefill_chunk_while_decoding=64, prefix_block_tokens=BLOCK
+    )
     with Engine(build, source.processor, config) as engine:
         yield Setting(case, engine, watched[0], prompts, {})
 
@@ -179,8 +192,15 @@ def family(request: pytest.FixtureRequest) -> Iterator[Setting]:
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(ROWS, min_size=2, max_size=7), short=st.sampled_from([512, 32]))
-def test_any_schedule(family: Setting, rows: list[Row], short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@given(
+    rows=st.lists(ROWS, min_size=2, max_size=7),
+    short=st.sampled_from([512, 32]),
+    caches=st.tuples(st.sampled_from([0, 2, 9, 30]), st.sampled_from([0, 10_000, 1 << 20])),
+)
+def test_any_schedule(
+    family: Setting, rows: list[Row], short: int, caches: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family.keep(*caches)
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache, "_SHORT", short)
         family.check(rows)

@@ -8,6 +8,8 @@ from importlib.metadata import version
 import mlx.core as mx
 
 _CACHE_SHARE = 0.05  # of the working set: freed buffers that MLX may keep for reuse
+_BETWEEN_REQUESTS_SHARE = 0.25  # of free memory: keys, values and features that the next request may need
+_BETWEEN_REQUESTS_ON_CPU = 256 << 20  # bytes; that backend is for tests and trials, and does not tell its memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,14 @@ def report() -> DeviceReport:
 def memory() -> MemoryReport:
     """Callable from any thread."""
     return MemoryReport(mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory())
+
+
+def cache_budget() -> int:
+    """Bytes that may be kept between requests; called when the model is loaded."""
+    working_set = report().working_set_bytes if is_gpu() else 0
+    if not working_set:
+        return _BETWEEN_REQUESTS_ON_CPU
+    return int(max(working_set - mx.get_active_memory(), 0) * _BETWEEN_REQUESTS_SHARE)
 
 
 def configure() -> None:

@@ -14,25 +14,35 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import TypeAlias
 
 import mlx.core as mx
 
 from mlxvlm.engine import device
+from mlxvlm.engine.block_files import BlockFiles
+from mlxvlm.engine.feature_cache import FeatureCache
 from mlxvlm.engine.params import SamplingParams
+from mlxvlm.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
 from mlxvlm.engine.request import Completion, Request
 from mlxvlm.engine.runner import ModelRunner, Step
 from mlxvlm.engine.sampler import read
 from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
+from mlxvlm.engine.stats import EngineStats
 from mlxvlm.engine.stream import Stream
-from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, MlxvlmError
-from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, MlxvlmError, UsageError
+from mlxvlm.models.base import KVSpec, VisionLanguageModel
 from mlxvlm.processors.base import Processor, Prompt, check_messages
 
 Command: TypeAlias = Callable[[], None]
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
 Build: TypeAlias = Callable[[Progress], VisionLanguageModel]
+
+# Of what both caches get. A picture's features take a 64th (LLaVA-1.5) to an eighth (Qwen2-VL-7B) of its keys and
+# values, but serve for longer; cross-attention families have little else of a picture.
+_FEATURE_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,15 @@ class EngineConfig:
     prefill_chunk_while_decoding: int = 256  # a long prompt must not stall running streams
     max_images: int = 64  # of one request
     num_workers: int = 2  # threads that prepare prompts and images
+    # Kept between requests; None: what device.cache_budget() gives both together. 0: nothing.
+    prefix_cache_bytes: int | None = None
+    feature_cache_bytes: int | None = None
+    prefix_block_tokens: int = BLOCK_TOKENS  # of which only whole ones are kept
+    # Blocks that were used twice are kept here too, for the next start of the same model: model_id must tell
+    # checkpoint, revision, quantisation and dtype.
+    prefix_cache_dir: Path | None = None
+    prefix_cache_dir_bytes: int = 10 << 30
+    model_id: str = ""
 
 
 class Engine:
@@ -100,6 +119,11 @@ class Engine:
         """MLX's memory counters of this process."""
         return device.memory()
 
+    def stats(self) -> EngineStats:
+        """Counters of the caches; zeros once the engine is closed."""
+        runner: ModelRunner | None = self.__dict__.get("_runner")
+        return EngineStats() if runner is None else runner.stats()
+
     def close(self) -> None:
         """Ends every request with EngineClosedError, frees the model and waits for the thread."""
         with self._lock:
@@ -133,7 +157,8 @@ class Engine:
 
         try:
             device.configure()
-            self._runner = ModelRunner(build(report))
+            model = build(report)
+            self._runner = ModelRunner(model, *_caches(self.config, model.kv_specs))
             self._vocab_size = self._runner.model.vocab_size
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             self._loaded.set_exception(error)
@@ -148,7 +173,10 @@ class Engine:
             sequence.fail(EngineClosedError("the engine was closed"))
         self._open.clear()
         self._pending = None
-        self.__dict__.pop("_runner", None)
+        runner: ModelRunner | None = self.__dict__.pop("_runner", None)
+        if runner is not None:
+            runner.prefixes.close()
+            del runner
         mx.clear_cache()
         # Without this, MLX may abort the process at its exit.
         mx.clear_streams()
@@ -211,6 +239,10 @@ class Engine:
     def _advance(self, sequence: Sequence, is_decoding: bool) -> None:
         if not sequence.started:
             sequence.start_clock()
+        if not sequence.recalled:
+            self._runner.recall(sequence)
+        if not sequence.recalled:
+            return
         if sequence.phase is Phase.VISION:
             self._runner.encode_images(sequence)
         else:
@@ -266,7 +298,25 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         self._open.pop(sequence.id, None)
-        self._runner.drop(sequence)
+        # Keeping its keys and values waits for the step under way, and may be where that step's error shows.
+        under_way = [] if self._pending is None else self._pending.rows
+        self._guarded(under_way, partial(self._runner.drop, sequence))
+
+
+def _caches(config: EngineConfig, specs: Seq[KVSpec]) -> tuple[PrefixCache, FeatureCache]:
+    """Made when the model is loaded, as they share what it leaves free."""
+    files, root = None, sha256(repr((1, config.model_id, list(specs))).encode()).digest()
+    if config.prefix_cache_dir is not None:
+        if not config.model_id:
+            raise UsageError("prefix_cache_dir needs a model_id: models that share files must be told apart")
+        files = BlockFiles(config.prefix_cache_dir, config.prefix_cache_dir_bytes)
+    budget = device.cache_budget()
+    of_features = int(budget * _FEATURE_SHARE)
+    prefixes, features = config.prefix_cache_bytes, config.feature_cache_bytes
+    return (
+        PrefixCache(budget - of_features if prefixes is None else prefixes, config.prefix_block_tokens, root, files),
+        FeatureCache(of_features if features is None else features),
+    )
 
 
 def _prepare(processor: Processor, request: Request, max_images: int) -> Prompt:

@@ -9,6 +9,7 @@ at once, and only attention runs group by group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -29,6 +30,18 @@ def length_class(length: int) -> int:
     return max(length, _SHORT - 1).bit_length()
 
 
+@dataclass(frozen=True, slots=True)
+class KVBlock:
+    """A copy of some positions of one row, all layers in one array, as MLX limits how many buffers there are."""
+
+    keys: mx.array  # layer after layer of [K, positions, Dh]
+    values: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.keys.nbytes + self.values.nbytes)
+
+
 class KVGroup:
     """The rows of one length class; also a single row's own cache while its prompt is prefilled."""
 
@@ -44,10 +57,12 @@ class KVGroup:
         self._values: list[mx.array | None] = [None] * len(specs)
 
     @classmethod
-    def single(cls, specs: Sequence[KVSpec], owner: int) -> KVGroup:
-        """An empty cache for one row."""
+    def single(cls, specs: Sequence[KVSpec], owner: int, blocks: Sequence[KVBlock] = (), length: int = 0) -> KVGroup:
+        """A cache for one row: empty, or with the first `length` positions of blocks that follow one another."""
         group = cls(specs)
-        group.owners, group.lengths, group._slots = [owner], [0], 1
+        group.owners, group.lengths, group._slots = [owner], [length], 1
+        if blocks:
+            group._fill(blocks)
         return group
 
     @property
@@ -113,6 +128,18 @@ class KVGroup:
         self.remove(owner)
         return row
 
+    def copy(self, owner: int, start: int, end: int) -> KVBlock:
+        """Positions [start, end) of a row; not evaluated yet."""
+        slot = self.owners.index(owner)
+        keys, values = (
+            # No view, which would keep the whole buffer alive and make the next write copy it.
+            mx.contiguous(
+                mx.concatenate([buffer[slot, :, start:end].flatten() for buffer in buffers if buffer is not None])
+            )
+            for buffers in (self._keys, self._values)
+        )
+        return KVBlock(keys, values)
+
     def places(self, new: int) -> tuple[mx.array, mx.array]:
         """Where `new` tokens of each row go, the same in every layer: slots [B, 1], positions [B, L]."""
         slots = mx.arange(len(self.owners))[:, None]
@@ -145,6 +172,24 @@ class KVGroup:
             spec = self.specs[layer]
             buffer = mx.zeros((self._slots, spec.num_kv_heads, self._capacity, spec.head_dim), like.dtype)
         return buffer
+
+    def _fill(self, blocks: Sequence[KVBlock]) -> None:
+        per_token = sum(spec.num_kv_heads * spec.head_dim for spec in self.specs)
+        sizes = [block.keys.size // per_token for block in blocks]
+        held = sum(sizes)
+        self._capacity = capacity_for(held + 1)  # what comes next fits without another copy
+        for mine, flat in ((self._keys, [b.keys for b in blocks]), (self._values, [b.values for b in blocks])):
+            first = 0  # of the layer, in each position
+            for layer, spec in enumerate(self.specs):
+                heads, last = spec.num_kv_heads, first + spec.num_kv_heads * spec.head_dim
+                pieces = [
+                    array[first * size : last * size].reshape(1, heads, size, -1)
+                    for array, size in zip(flat, sizes, strict=True)
+                ]
+                rest = mx.zeros((1, heads, self._capacity - held, spec.head_dim), flat[0].dtype)
+                mine[layer] = mx.concatenate([*pieces, rest], axis=2)
+                first = last
+        mx.eval(self.arrays)
 
     def _resize(self, slots: int, capacity: int) -> None:
         rows, filled = len(self.owners), min(self._capacity, capacity)
@@ -254,6 +299,10 @@ class KVBatch:
     @property
     def nbytes(self) -> int:
         return sum(group.nbytes for group in self.groups)
+
+    def group_of(self, owner: int) -> KVGroup | None:
+        """Where a row is, None if it is not here."""
+        return next((group for group in self.groups if owner in group.owners), None)
 
     def join(self, row: KVGroup) -> None:
         """Adds a row; its own buffers are used as they are when no other row is of its class."""

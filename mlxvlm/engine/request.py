@@ -50,10 +50,12 @@ class Usage:
     completion_s: float  # from the first token to the last
     time_to_first_token_s: float
     total_s: float
+    cached_tokens: int = 0  # of the prompt's, taken from the prefix cache
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.prompt_s if self.prompt_s > 0 else 0.0
+        """Of the tokens that had to be run."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prompt_s if self.prompt_s > 0 else 0.0
 
     @property
     def completion_tokens_per_s(self) -> float:

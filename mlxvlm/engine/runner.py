@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
+from mlxvlm.engine.feature_cache import FeatureCache
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
+from mlxvlm.engine.prefix_cache import PrefixCache
 from mlxvlm.engine.sampler import Sampled, sample
 from mlxvlm.engine.sequence import Phase, Sequence
+from mlxvlm.engine.stats import EngineStats
 from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.processors.base import PreparedImage
 
 # Pixels that go through the tower at once: 16 frames of 512 x 512 x 3. More saves little and costs memory.
 _VISION_BATCH = 16 * 512 * 512 * 3
@@ -25,35 +30,74 @@ class Step:
 
 
 class ModelRunner:
-    """One model and the KV of its decoding rows."""
+    """One model, the KV of its decoding rows, and what it keeps of earlier requests."""
 
-    def __init__(self, model: VisionLanguageModel) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, prefixes: PrefixCache | None = None, features: FeatureCache | None = None
+    ) -> None:
         self.model = model
         self.batch = KVBatch()
+        self.prefixes = prefixes or PrefixCache(0)
+        self.features = features or FeatureCache(0)
+        self.encoded_images = 0
+
+    def recall(self, sequence: Sequence) -> None:
+        """A sequence's first work: what is held of its prompt and its pictures need not be computed.
+
+        A block that comes from a file is a unit of work, to be called again after.
+        """
+        prompt = sequence.prompt
+        self.prefixes.extend(sequence.block_keys, prompt.token_ids, prompt.images)
+        if self.prefixes.fetch(sequence.block_keys):
+            return
+        sequence.kv = KVGroup.single(self.model.kv_specs, sequence.id)
+        self._skip_held(sequence)
+        self.prefixes.record(bool(sequence.cached_tokens))
+        sequence.needed = self.model.needed_images(prompt, sequence.prefilled)
+        waiting = self._waiting_images(sequence)
+        self.features.record(len(sequence.needed) - len(waiting), len(waiting))
+        sequence.phase = Phase.VISION if waiting else Phase.PREFILL
 
     def encode_images(self, sequence: Sequence) -> None:
-        """One batch of a sequence's pictures through the tower; with the last, the prompt is embedded."""
-        images = sequence.prompt.images
-        first = len(sequence.features)
-        last, pixels = first, 0
-        while last < len(images) and (last == first or pixels + images[last].pixels.size <= _VISION_BATCH):
-            pixels += images[last].pixels.size
-            last += 1
-        features = self.model.encode_images(images[first:last])
-        # On its own, so that the tower's activations are gone before the prompt's are made.
-        mx.eval(features)
-        sequence.features += features
-        if last == len(images):
+        """One batch of the pictures that a sequence needs and nobody has encoded yet."""
+        batch: dict[bytes, PreparedImage] = {}  # a picture that comes twice is encoded once
+        pixels = 0
+        for image in self._waiting_images(sequence):
+            pixels += 0 if image.digest in batch else image.pixels.size
+            if batch and pixels > _VISION_BATCH:
+                break
+            batch[image.digest] = image
+        if batch:
+            # Copies, as pieces of one array would each keep all of it alive.
+            encoded = [mx.contiguous(features) for features in self.model.encode_images(list(batch.values()))]
+            # On its own, so that the tower's activations are gone before the prompt's are made.
+            mx.eval(encoded)
+            self.encoded_images += len(batch)
+            for digest, features in zip(batch, encoded, strict=True):
+                self.features.put(digest, features)
+                for index in sequence.needed:
+                    if sequence.prompt.images[index].digest == digest:
+                        sequence.features[index] = features
+        if not self._waiting_images(sequence):
             sequence.phase = Phase.PREFILL
+
+    def _waiting_images(self, sequence: Sequence) -> list[PreparedImage]:
+        """Those that are still without features, once what the cache holds is taken from it."""
+        images = sequence.prompt.images
+        for index in sequence.needed:
+            if sequence.features[index] is None:
+                sequence.features[index] = self.features.get(images[index].digest)
+        return [images[index] for index in sequence.needed if sequence.features[index] is None]
 
     def prefill(self, sequence: Sequence, budget: int) -> None:
         """At most `budget` prompt tokens; with the last but one the sequence joins the batch."""
-        if sequence.inputs is None or sequence.kv is None:
+        if sequence.inputs is None:
             sequence.inputs = self.model.embed_prompt(sequence.prompt, sequence.features)
             sequence.features = []
             if sequence.inputs.rows:
                 sequence.state = sequence.inputs.rows[0]
-            sequence.kv = KVGroup.single(self.model.kv_specs, sequence.id)
+        self._skip_held(sequence)  # what others with the same beginning have stored in the meantime
+        assert sequence.kv is not None
         start, end = sequence.prefilled, min(sequence.prefilled + budget, sequence.prefill_length)
         if end > start:
             forward = KVPass([sequence.kv], end - start)
@@ -62,10 +106,28 @@ class ModelRunner:
             # Only keys and values are needed; what would follow the last layer's is never computed.
             mx.eval(sequence.kv.arrays)
             sequence.prefilled = end
+            self._store(sequence, sequence.kv, sequence.prompt.token_ids)
         if end == sequence.prefill_length:
             self.batch.join(sequence.kv)
             sequence.kv = sequence.inputs = None
             sequence.phase = Phase.DECODE
+
+    def _skip_held(self, sequence: Sequence) -> None:
+        """Moves a prompt on to the end of what is held of it, but leaves the last token, which decode reads."""
+        size, keys = self.prefixes.block_tokens, sequence.block_keys
+        held = min(self.prefixes.count(keys) * size, sequence.prefill_length)
+        if held > sequence.prefilled:
+            blocks = self.prefixes.lookup(keys)
+            sequence.kv = KVGroup.single(self.model.kv_specs, sequence.id, blocks, held)
+            sequence.cached_tokens += held - sequence.prefilled
+            sequence.prefilled = held
+
+    def _store(self, sequence: Sequence, group: KVGroup, ids: Seq[int]) -> None:
+        """Keeps whole blocks of what a row holds; with a step under way `ids` may be more or fewer than that."""
+        self.prefixes.extend(sequence.block_keys, ids, sequence.prompt.images)
+        length = min(len(ids), group.lengths[group.owners.index(sequence.id)])
+        keys = sequence.block_keys[: length // self.prefixes.block_tokens]
+        self.prefixes.store(keys, partial(group.copy, sequence.id))
 
     def decode(self, sequences: Seq[Sequence], previous: Step | None) -> Step:
         """Starts one step of all rows in the batch; the previous one need not be read yet."""
@@ -80,12 +142,22 @@ class ModelRunner:
         for row in rows:
             row.launched += 1
             if row.launched >= row.max_tokens:
-                self.batch.remove(row.id)
+                self.drop(row)
         return Step(rows, sampled)
 
     def drop(self, sequence: Sequence) -> None:
-        """Forgets an ended sequence's keys and values."""
-        self.batch.remove(sequence.id)
+        """A row's end: its keys and values leave the batch, and what they are worth is kept unless it failed."""
+        group = self.batch.group_of(sequence.id)
+        if group is None:
+            return
+        try:
+            if not sequence.failed:
+                self._store(sequence, group, [*sequence.prompt.token_ids, *sequence.token_ids])
+        finally:
+            self.batch.remove(sequence.id)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(self.prefixes.stats(), self.features.stats(), self.encoded_images)
 
 
 def _last_tokens(rows: Seq[Sequence], previous: Step | None) -> mx.array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence as Seq
 from enum import Enum, auto
 
 import mlx.core as mx
@@ -47,6 +48,8 @@ class Sequence:
         self.prepared = self.started = self.first_token = 0.0
         self.prompt = Prompt(())
         self.image_tokens = 0
+        self.cached_tokens = 0
+        self.failed = False
         self.token_ids: list[int] = []  # generated and delivered
 
     def begin(self, prompt: Prompt, processor: Processor, max_tokens: int, eos: frozenset[int]) -> None:
@@ -54,7 +57,9 @@ class Sequence:
         sampling = self.sampling
         self.prompt = prompt
         self.image_tokens = prompt.token_ids.count(processor.image_token_id) if prompt.images else 0
-        self.features: list[mx.array] = []
+        self.block_keys: list[bytes] = []  # of the prefix cache, as far as ids are known
+        self.features: list[mx.array | None] = [None] * len(prompt.images)
+        self.needed: Seq[int] = ()  # images that must have features
         self.inputs: Inputs | None = None
         self.state = RowState()
         self.kv: KVGroup | None = None  # its own until it joins the batch
@@ -75,6 +80,11 @@ class Sequence:
     @property
     def done(self) -> bool:
         return self.phase is Phase.DONE
+
+    @property
+    def recalled(self) -> bool:
+        """Whether it has a cache, with what was held of its prompt."""
+        return self.kv is not None
 
     @property
     def prefill_length(self) -> int:
@@ -107,6 +117,7 @@ class Sequence:
         """Ends the request with an error of its own."""
         if not self.done:
             self.phase = Phase.DONE
+            self.failed = True
             self._release()
             self.stream.put(error)
 
@@ -140,4 +151,5 @@ class Sequence:
             completion_s=now - first,
             time_to_first_token_s=first - self.submitted,
             total_s=now - self.submitted,
+            cached_tokens=self.cached_tokens,
         )

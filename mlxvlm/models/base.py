@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -95,6 +95,10 @@ class Inputs:
         return Inputs(self.embeds[:, chunk], positions, sees, self.rows)
 
 
+# Of each image of a prompt; None where nothing that is run needs it.
+Features: TypeAlias = Sequence[mx.array | None]
+
+
 class VisionLanguageModel(Protocol):
     """A family's model. Holds weights only: everything of a request lives on its Sequence."""
 
@@ -106,7 +110,11 @@ class VisionLanguageModel(Protocol):
         """Features [N, D] of each image, N its number of placeholders."""
         ...
 
-    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        """Which of a prompt's images must have features if only the tokens from `start` on are run."""
+        ...
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         """Inputs of a whole prompt, B = 1, with features in the places of the placeholders."""
         ...
 
@@ -134,21 +142,27 @@ class VisionLanguageModel(Protocol):
         ...
 
 
-def merge_features(embeds: mx.array, prompt: Prompt, image_token_id: int, features: Sequence[mx.array]) -> mx.array:
-    """Writes each image's features [N, D] over its placeholders in embeds [1, L, D].
+def images_from(prompt: Prompt, start: int) -> list[int]:
+    """The images with placeholders at `start` or later: those that are needed where features replace embeddings."""
+    return [index for index, image in enumerate(prompt.images) if image.span[1] > start]
+
+
+def merge_features(embeds: mx.array, prompt: Prompt, image_token_id: int, features: Features) -> mx.array:
+    """Writes each image's features [N, D] over its placeholders in embeds [1, L, D], but for those that are None.
 
     Counts are checked: MLX reads and writes out of bounds without an error.
     """
-    if not prompt.images:
+    given = [(image, rows) for image, rows in zip(prompt.images, features, strict=True) if rows is not None]
+    if not given:
         return embeds
     ids = np.array(prompt.token_ids)
     places = []
-    for image, rows in zip(prompt.images, features, strict=True):
+    for image, rows in given:
         start, end = image.span
         places.append(start + np.flatnonzero(ids[start:end] == image_token_id))
         if len(places[-1]) != rows.shape[0]:
             raise ValueError(f"{rows.shape[0]} image features for {len(places[-1])} placeholders")
-    rows = mx.concatenate(list(features)).astype(embeds.dtype)
+    rows = mx.concatenate([rows for _, rows in given]).astype(embeds.dtype)
     embeds[:, mx.array(np.concatenate(places).astype(np.int32))] = rows[None]
     return embeds
 

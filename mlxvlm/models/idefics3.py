@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from mlxvlm.models.base import (
     Cache,
+    Features,
     Inputs,
     KVSpec,
     QuantPaths,
     RowState,
     check_numbers,
+    images_from,
     is_buffer,
     merge_features,
     renamed,
@@ -180,7 +182,10 @@ class Model(nn.Module):
         pieces = mx.split(features, np.cumsum(counts)[:-1].tolist())
         return [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
 
-    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        return images_from(prompt, start)
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         embeds = self.model.text_model.embed(mx.array(prompt.token_ids)[None])
         return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
 

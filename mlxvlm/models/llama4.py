@@ -15,7 +15,17 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers, merge_features
+from mlxvlm.models.base import (
+    Cache,
+    Features,
+    Inputs,
+    KVSpec,
+    QuantPaths,
+    RowState,
+    check_numbers,
+    images_from,
+    merge_features,
+)
 from mlxvlm.models.decoder import Attention, Decoder, DecoderConfig
 from mlxvlm.models.experts import Experts
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
@@ -431,7 +441,10 @@ class Model(nn.Module):
         pieces = mx.split(features, np.cumsum(counts)[:-1].tolist())
         return [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
 
-    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        return images_from(prompt, start)
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         embeds = self.language_model.model.embed(mx.array(prompt.token_ids)[None])
         return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
 

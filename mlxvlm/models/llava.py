@@ -18,11 +18,13 @@ import numpy as np
 from mlxvlm.errors import UnsupportedModelError
 from mlxvlm.models.base import (
     Cache,
+    Features,
     Inputs,
     KVSpec,
     QuantPaths,
     RowState,
     check_numbers,
+    images_from,
     is_buffer,
     merge_features,
     renamed,
@@ -277,7 +279,10 @@ class Model(nn.Module):
         newline = self.image_newline.astype(features.dtype)
         return [pack_tiles(piece, image.layout, newline) for piece, image in zip(pieces, images, strict=True)]
 
-    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        return images_from(prompt, start)
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         embeds = self.language_model.model.embed(mx.array(prompt.token_ids)[None])
         return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers, renamed
+from mlxvlm.models.base import Cache, Features, Inputs, KVSpec, QuantPaths, RowState, check_numbers, renamed
 from mlxvlm.models.decoder import DecoderConfig, DecoderLayer
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
 from mlxvlm.models.rope import RoPE, rope_parameters
@@ -442,14 +442,22 @@ class Model(nn.Module):
             for image in images
         ]
 
-    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        """Those that the tokens look at: also pictures before `start`, but not all of them."""
+        if not prompt.images:
+            return []
+        sees = visible_images([image.span[0] for image in prompt.images], len(prompt.token_ids))
+        return [int(image) for image in np.flatnonzero(sees[start:].any(axis=0))]
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         text = self.language_model.model
         embeds = text.embed(mx.array(prompt.token_ids)[None])
         if not prompt.images:
             return Inputs(embeds)
         sees = visible_images([image.span[0] for image in prompt.images], len(prompt.token_ids))
-        sizes = [len(states) for states in features]
-        states = mx.concatenate(list(features))[None].astype(embeds.dtype)  # [1, S, D]
+        sizes = [0 if states is None else len(states) for states in features]
+        given = [states for states in features if states is not None]
+        states = mx.concatenate(given)[None].astype(embeds.dtype)  # [1, S, D]
         keys, values = zip(*(layer.cross_attn.keys_and_values(states) for layer in text.cross_layers), strict=True)
         vision = VisionStates(
             keys=keys,

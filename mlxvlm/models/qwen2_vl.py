@@ -15,7 +15,18 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, check_numbers, merge_features, renamed
+from mlxvlm.models.base import (
+    Cache,
+    Features,
+    Inputs,
+    KVSpec,
+    QuantPaths,
+    RowState,
+    check_numbers,
+    images_from,
+    merge_features,
+    renamed,
+)
 from mlxvlm.models.decoder import Decoder, DecoderConfig
 from mlxvlm.models.layers import join_heads, split_heads
 from mlxvlm.models.rope import MRoPE, Rotation, inverse_frequencies, rope_parameters, rotation
@@ -268,7 +279,10 @@ class Model(nn.Module):
             features.update(zip(places, self.visual(patches, (rows, columns)), strict=True))
         return [features[index] for index in range(len(images))]
 
-    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        return images_from(prompt, start)
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         embeds = self.model.embed(mx.array(prompt.token_ids)[None])
         if not prompt.images:
             return Inputs(embeds)

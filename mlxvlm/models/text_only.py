@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.models.base import Cache, Inputs, KVSpec, QuantPaths, RowState, is_buffer
+from mlxvlm.models.base import Cache, Features, Inputs, KVSpec, QuantPaths, RowState, images_from, is_buffer
 from mlxvlm.models.decoder import Decoder, DecoderConfig
 from mlxvlm.processors.base import PreparedImage, Prompt
 
@@ -55,7 +55,10 @@ class Model(nn.Module):
             raise ValueError("a model without a vision tower can't encode images")
         return []
 
-    def embed_prompt(self, prompt: Prompt, features: Sequence[mx.array]) -> Inputs:
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        return images_from(prompt, start)
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         return Inputs(self.model.embed(mx.array(prompt.token_ids)[None]))
 
     def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
