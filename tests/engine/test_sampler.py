@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxvlm.engine.params import SamplingParams
-from mlxvlm.engine.sampler import RowSampler, _kept, read, sample
+from mlxvlm.engine.sampler import RowSampler, _kept, edit, read, sample
 from mlxvlm.errors import UsageError
 
 V = 17
@@ -112,7 +112,7 @@ def test_penalties_count_generated_tokens_and_repetition_also_the_prompt() -> No
             expected[token] -= 0.25
         for token in set(generated):
             expected[token] -= 0.5
-        assert np.abs(np.array(row.edit(logits[0])) - expected).max() < 1e-5
+        assert np.abs(np.array(edit(logits, [row])[0]) - expected).max() < 1e-5
         generated.append(read(sample(logits, [row]), [row])[0][0])
         assert generated[-1] == expected.argmax()
     assert len(set(generated)) > 1
