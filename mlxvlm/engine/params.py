@@ -26,18 +26,20 @@ class Grammar:
     """
 
     kind: GrammarKind
-    value: str | Mapping[str, Any] | bool = ""
+    value: str | Mapping[str, Any] = ""
 
     def check(self) -> None:
         """Raises UsageError for what is no grammar at all; its syntax is looked at when it is compiled."""
         kinds = get_args(GrammarKind)
         if self.kind not in kinds:
             raise UsageError(f"the kind of a grammar must be one of {', '.join(kinds)}, not {self.kind!r}")
-        types = {"json_schema": (str, Mapping, bool), "llguidance": (str, Mapping)}.get(self.kind, (str,))
-        if not isinstance(self.value, types):
+        is_mapping = isinstance(self.value, Mapping) and self.kind in ("json_schema", "llguidance")
+        if not is_mapping and not isinstance(self.value, str):
             raise UsageError(f"a {self.kind} grammar can't be a {type(self.value).__name__}")
         if isinstance(self.value, str) and len(self.value) > MAX_GRAMMAR_CHARS:
             raise UsageError(f"the grammar has {len(self.value)} characters, but the limit is {MAX_GRAMMAR_CHARS}")
+        if isinstance(self.value, str) and any("\ud800" <= char <= "\udfff" for char in self.value):
+            raise UsageError("the grammar holds half of a surrogate pair, which is no character: remove it")
 
 
 @dataclass(frozen=True, slots=True)
