@@ -104,8 +104,8 @@ class Constraints:
             constraint.num_consumed = len(tokens)
         matchers = [(constraint.matcher, i) for i, constraint, _ in constrained]
         self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(rows))
-        masks &= self._known
         for i, constraint, _ in constrained:
+            masks[i] &= self._known
             constraint.is_stuck = not masks[i].any()
         return masks
 
