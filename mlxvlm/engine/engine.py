@@ -157,6 +157,7 @@ class Engine:
         self._open.clear()
         self._pending = None
         self.__dict__.pop("_runner", None)
+        self.__dict__.pop("_constraints", None)  # its threads
         mx.clear_cache()
         # Without this, MLX may abort the process at its exit.
         mx.clear_streams()

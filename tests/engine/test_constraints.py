@@ -22,10 +22,11 @@ from mlxvlm.engine.constraints import Constraints
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.params import MAX_GRAMMAR_CHARS, Grammar, SamplingParams
 from mlxvlm.engine.request import Completion, Request
-from mlxvlm.errors import InputError, UnsupportedModelError, UsageError
+from mlxvlm.errors import InputError, InternalError, UnsupportedModelError, UsageError
 from mlxvlm.processors.base import Prompt
 from mlxvlm.processors.tokenizer import Tokenizer
 from tests.fakes import FakeModel, FakeProcessor, Gate
+from tests.golden import Case
 
 PIECES = ('{"', '":', '",', '"}', ', "', "true", "false", "null", "aa", "ab", "abc", "bc", "12", "00", "[]", "  ", "é")
 
@@ -412,6 +413,48 @@ def test_a_row_that_gets_stuck_ends_alone() -> None:
             engine.generate(ask([1], grammar=Grammar("regex", "[a]{5}")))
         assert len(other.result().token_ids) == 30
         assert not engine._runner.batch.owners or engine._runner.batch.owners == []
+
+
+def test_a_failure_of_sampling_ends_its_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(rows: Any) -> Any:
+        raise RuntimeError("a defect")
+
+    with random_engine(MODEL) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._constraints, "masks", fail)
+            with pytest.raises(InternalError, match="a defect"):
+                engine.generate(ask([1], grammar=Grammar("regex", "a")))
+        assert engine.generate(ask([1], grammar=Grammar("regex", "a"))).text == "a"
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "näme": {"type": "string", "maxLength": 9},
+        "ages": {"type": "array", "items": {"enum": [1, 22, 333]}},
+    },
+    "required": ["näme", "ages"],
+    "additionalProperties": False,
+}
+
+
+def test_every_family_s_tokenizer_gives_valid_text(case: Case) -> None:
+    """Any walk through the masks, decoded: byte-level vocabularies and SentencePiece's."""
+    processor = case.open().processor
+    eos = processor.tokenizer.token_id(processor.tokenizer.special_tokens["eos_token"])
+    assert eos is not None
+    rows = Constraints(processor.tokenizer, frozenset({eos}), processor.tokenizer.backend.get_vocab_size() + 5)
+    for seed in range(5):
+        dice, tokens = np.random.default_rng(seed), []
+        constraint = rows.compile(Grammar("json_schema", PERSON))
+        while not tokens or tokens[-1] != eos:
+            bits = np.unpackbits(rows.masks([(constraint, tokens)]).view(np.uint8), bitorder="little")
+            tokens.append(int(dice.choice(np.flatnonzero(bits))))
+        assert is_person(json.loads(processor.tokenizer.decode(tokens)))
+
+
+def is_person(value: Any) -> bool:
+    return set(value) == {"näme", "ages"} and len(value["näme"]) <= 9 and set(value["ages"]) <= {1, 22, 333}
 
 
 def test_the_bridge_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
