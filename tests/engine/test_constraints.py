@@ -19,11 +19,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mlxvlm.engine import constraints
 from mlxvlm.engine.constraints import Constraints
+from mlxvlm.engine.detokenizer import Detokenizer
 from mlxvlm.engine.engine import Engine, EngineConfig
 from mlxvlm.engine.params import MAX_GRAMMAR_CHARS, Grammar, SamplingParams
 from mlxvlm.engine.request import Completion, Request
 from mlxvlm.errors import InputError, InternalError, UnsupportedModelError, UsageError
 from mlxvlm.processors.base import Prompt
+from mlxvlm.processors.ggml_tokenizer import TokenType, Vocabulary, build
 from mlxvlm.processors.tokenizer import Tokenizer
 from tests.fakes import FakeModel, FakeProcessor, Gate
 from tests.golden import Case
@@ -439,18 +441,39 @@ PERSON = {
 
 
 def test_every_family_s_tokenizer_gives_valid_text(case: Case) -> None:
-    """Any walk through the masks, decoded: byte-level vocabularies and SentencePiece's."""
-    processor = case.open().processor
-    eos = processor.tokenizer.token_id(processor.tokenizer.special_tokens["eos_token"])
+    walk(case.open().processor.tokenizer)
+
+
+@pytest.mark.parametrize("adds_space", [True, False])
+def test_sentencepiece_gives_valid_text(adds_space: bool) -> None:
+    walk(build(sentencepiece(adds_space)))
+
+
+def sentencepiece(adds_space: bool) -> Vocabulary:
+    space = "\u2581"
+    pieces = [space, f"{space}a", "ab", f"{space}1", *'abnme{}[]":,123', "ä", '":', f"{space}}}", space * 2]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{code:02X}>" for code in range(256)), *pieces]
+    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
+    types += [TokenType.NORMAL] * len(pieces)
+    special = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
+    return Vocabulary("llama", "", tokens, types, scores=[0.0] * len(tokens), special=special, adds_space=adds_space)
+
+
+def walk(tokenizer: Tokenizer) -> None:
+    """Any path through the masks, decoded, is what the grammar wants."""
+    eos = tokenizer.token_id(tokenizer.special_tokens["eos_token"])
     assert eos is not None
-    rows = Constraints(processor.tokenizer, frozenset({eos}), processor.tokenizer.backend.get_vocab_size() + 5)
+    rows = Constraints(tokenizer, frozenset({eos}), tokenizer.backend.get_vocab_size() + 5)
     for seed in range(5):
         dice, tokens = np.random.default_rng(seed), []
         constraint = rows.compile(Grammar("json_schema", PERSON))
         while not tokens or tokens[-1] != eos:
             bits = np.unpackbits(rows.masks([(constraint, tokens)]).view(np.uint8), bitorder="little")
             tokens.append(int(dice.choice(np.flatnonzero(bits))))
-        assert is_person(json.loads(processor.tokenizer.decode(tokens)))
+        pieces = Detokenizer(tokenizer.decode)
+        text = "".join(map(pieces.feed, tokens)) + pieces.flush()
+        assert text == tokenizer.decode(tokens)
+        assert is_person(json.loads(text)), text
 
 
 def is_person(value: Any) -> bool:
