@@ -42,7 +42,6 @@ class Constraint:
     def __init__(self, kind: str, matcher: LLMatcher) -> None:
         self.kind = kind
         self.matcher = matcher
-        self.num_consumed = 0
         self.is_stuck = False
 
     @property
@@ -93,15 +92,14 @@ class Constraints:
     def masks(self, rows: Sequence[Row | None]) -> NDArray[np.uint32]:
         """[B, words]: the tokens that may come next, one bit each; all for a row without a constraint.
 
-        Takes in the last token of each answer first. A row that can't go on has an error, and its mask means nothing.
+        To be called once after each token, which is taken in first. A row that can't go on has an error, and its mask
+        means nothing.
         """
         masks = np.full((len(rows), len(self._known)), 0xFFFFFFFF, np.uint32)
         constrained = [(i, *row) for i, row in enumerate(rows) if row is not None]
-        fresh = [row for row in constrained if len(row[2]) > row[1].num_consumed]
+        fresh = [row for row in constrained if row[2]]
         if fresh:
             self._executor.consume_token_par([(constraint.matcher, tokens[-1]) for _, constraint, tokens in fresh])
-        for _, constraint, tokens in fresh:
-            constraint.num_consumed = len(tokens)
         matchers = [(constraint.matcher, i) for i, constraint, _ in constrained]
         self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(rows))
         for i, constraint, _ in constrained:

@@ -22,7 +22,6 @@ from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import TokenLogprob
 
 _MASK_64 = (1 << 64) - 1
-_XTC_STREAM = 0xD1B54A32D192ED03  # an odd number that sets XTC's dice apart from the noise
 
 
 class RowSampler:
@@ -61,9 +60,9 @@ class RowSampler:
 
     @property
     def excludes_top(self) -> bool:
-        """Whether XTC's dice fall so in this step."""
+        """Whether XTC's dice fall so in this step. The noise comes from the same bits, but as a cipher's key."""
         chance = self.params.xtc_probability
-        return chance > 0 and _mixed(self.seed ^ _XTC_STREAM, self.step) < chance * 2.0**64
+        return chance > 0 and _mixed(self.seed, self.step) < chance * 2.0**64
 
     def tally(self, vocab_size: int) -> tuple[mx.array, mx.array]:
         """(counts of generated tokens [V], whether a token is in the prompt [V])."""

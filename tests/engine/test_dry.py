@@ -77,3 +77,11 @@ def test_prompt_and_answer_count_and_breakers_are_text() -> None:
     assert not np.array(edit(zeros, [row])).any()  # "h e" came before, but not over the h
     history += [99, 1]  # 99 lies beyond the vocabulary
     assert np.array(edit(zeros, [row]))[0].tolist() == [0.0] * 2 + [-2.0] + [0.0] * 7
+
+
+def test_ids_beyond_the_vocabulary_touch_nothing() -> None:
+    """A placeholder's id would be another row's token: MLX checks no bounds."""
+    params = SamplingParams(dry_multiplier=1.0)
+    rows = [RowSampler(params, (1, 2, 10, 1, 2)), RowSampler(SamplingParams(), ())]
+    assert rows[0].dry() == {10: 1.0}
+    assert not np.array(edit(mx.zeros((2, 10)), rows)).any()

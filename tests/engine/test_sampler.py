@@ -137,6 +137,15 @@ def test_typical_by_hand() -> None:
         assert set(np.flatnonzero(found).tolist()) == kept
 
 
+def test_a_row_without_typical_keeps_its_tail_beside_one_with() -> None:
+    """Sums of float32 reach 1 before the last of many tokens."""
+    rows = [RowSampler(SamplingParams(temperature=1.0, typical_p=p), ()) for p in (1.0, 0.5)]
+    logits = mx.array(np.random.default_rng(0).normal(0, 6, (1, 5000)).astype(np.float32))
+    kept = np.array(_kept(mx.repeat(logits, 2, axis=0), rows))
+    assert kept[0].all()
+    assert kept[1].sum() < 100
+
+
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
 def test_masks_leave_only_their_tokens(temperature: float) -> None:
     """More tokens than a word has bits."""
