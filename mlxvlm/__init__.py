@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlxvlm.engine.engine import Engine
-    from mlxvlm.engine.params import SamplingParams
+    from mlxvlm.engine.params import Grammar, SamplingParams
     from mlxvlm.engine.request import Completion, Delta, Request, TokenLogprob, Usage
     from mlxvlm.engine.stream import Stream
     from mlxvlm.errors import MlxvlmError
@@ -25,6 +25,7 @@ _HOMES = {
     "Completion": "engine.request",
     "Delta": "engine.request",
     "Engine": "engine.engine",
+    "Grammar": "engine.params",
     "ImageOptions": "messages",
     "ImagePart": "messages",
     "Message": "messages",
@@ -46,6 +47,7 @@ __all__ = [
     "Completion",
     "Delta",
     "Engine",
+    "Grammar",
     "ImageOptions",
     "ImagePart",
     "Message",

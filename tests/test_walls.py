@@ -27,7 +27,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"mlx", "numpy", "safetensors", "yaml", "huggingface_hub", "httpx2"},
     ),
-    "engine": ({"engine", "models.base", "processors.base", "messages", "errors"}, {"mlx", "numpy"}),
+    "engine": ({"engine", "models.base", "processors.base", "messages", "errors"}, {"mlx", "numpy", "llguidance"}),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
     "cli": (
         {

@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlxvlm.engine import device
 from mlxvlm.engine.block_files import BlockFiles
+from mlxvlm.engine.constraints import Constraints
 from mlxvlm.engine.feature_cache import FeatureCache
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
@@ -107,7 +108,7 @@ class Engine:
             if self._closing.is_set():
                 raise EngineClosedError("the engine is closed")
             self._open[sequence.id] = sequence
-            prepared = self._pool.submit(_prepare, self.processor, request, self.config.max_images)
+            prepared = self._pool.submit(self._prepare, sequence, request)
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
         return stream
 
@@ -137,6 +138,12 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _prepare(self, sequence: Sequence, request: Request) -> Prompt:
+        """Runs in the pool."""
+        if sequence.sampling.grammar is not None:
+            sequence.constraint = self._constraints.compile(sequence.sampling.grammar)
+        return _prepare(self.processor, request, self.config.max_images)
+
     # Everything below runs on the engine thread.
 
     def _run(self, build: Build, progress: Progress | None) -> None:
@@ -160,6 +167,7 @@ class Engine:
             model = build(report)
             self._runner = ModelRunner(model, *_caches(self.config, model.kv_specs))
             self._vocab_size = self._runner.model.vocab_size
+            self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             self._loaded.set_exception(error)
             return False
@@ -177,6 +185,7 @@ class Engine:
         if runner is not None:
             runner.prefixes.close()
             del runner
+        self.__dict__.pop("_constraints", None)  # its threads
         mx.clear_cache()
         # Without this, MLX may abort the process at its exit.
         mx.clear_streams()
@@ -219,12 +228,27 @@ class Engine:
             self._guarded(rows, partial(self._launch, rows, previous))
         if previous is not None:
             self._guarded(previous.rows, partial(self._deliver, previous))
+        if self._pending is not None and self._pending.sampled is None:
+            self._guarded(self._pending.rows, self._choose)
 
     def _launch(self, rows: list[Sequence], previous: Step | None) -> None:
         self._pending = self._runner.decode(rows, previous)
 
+    def _choose(self) -> None:
+        """Samples a step that waited for the tokens before it: the device has its forward pass to do meanwhile."""
+        step, self._pending = self._pending, None
+        assert step is not None
+        rows = [(row.constraint, row.token_ids) if row.constraint else None for row in step.rows]
+        masks = self._constraints.masks(rows) if any(rows) else None
+        for row in step.rows:
+            if row.constraint is not None and row.constraint.error is not None:
+                row.fail(InputError(row.constraint.error))
+                self._forget(row)
+        self._pending = self._runner.choose(step, masks)
+
     def _deliver(self, step: Step) -> None:
         """Reads a step and hands its tokens out; rows that ended in the meantime are passed over."""
+        assert step.sampled is not None
         results = read(step.sampled, [row.sampler for row in step.rows])
         for row, (token_id, is_bad, logprob) in zip(step.rows, results, strict=True):
             if row.done:

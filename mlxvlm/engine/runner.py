@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from mlxvlm.engine.feature_cache import FeatureCache
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
@@ -23,10 +25,11 @@ _VISION_BATCH = 16 * 512 * 512 * 3
 
 @dataclass(frozen=True)
 class Step:
-    """A decode step that runs on the device; its tokens are not read yet."""
+    """A decode step that runs on the device; its tokens are not read yet, and not chosen while there are logits."""
 
     rows: list[Sequence]
-    sampled: Sampled
+    sampled: Sampled | None = None
+    logits: mx.array | None = None  # [B, V]
 
 
 class ModelRunner:
@@ -130,20 +133,33 @@ class ModelRunner:
         self.prefixes.store(keys, partial(group.copy, sequence.id))
 
     def decode(self, sequences: Seq[Sequence], previous: Step | None) -> Step:
-        """Starts one step of all rows in the batch; the previous one need not be read yet."""
+        """Starts one step of all rows in the batch; the previous one need not be read yet.
+
+        Where a row's choice depends on tokens that are, only the forward pass: `choose` must follow.
+        """
         by_id = {sequence.id: sequence for sequence in sequences}
         forward = self.batch.forward()
         rows = [by_id[owner] for owner in self.batch.owners]
         inputs = self.model.embed_tokens(_last_tokens(rows, previous), [row.state for row in rows])
         hidden = self.model(inputs, forward.layers)
-        sampled = sample(self.model.logits(hidden[:, -1]), [row.sampler for row in rows])
+        step = Step(rows, logits=self.model.logits(hidden[:, -1]))
+        if any(row.sampling.reads_history for row in rows):
+            mx.async_eval(step.logits)
+        else:
+            step = self.choose(step)
         forward.commit()
-        mx.async_eval(*sampled.arrays)
         for row in rows:
             row.launched += 1
             if row.launched >= row.max_tokens:
                 self.drop(row)
-        return Step(rows, sampled)
+        return step
+
+    def choose(self, step: Step, masks: NDArray[np.uint32] | None = None) -> Step:
+        """Starts sampling; masks [B, words] as in sampler.sample."""
+        assert step.logits is not None
+        sampled = sample(step.logits, [row.sampler for row in step.rows], masks)
+        mx.async_eval(*sampled.arrays)
+        return replace(step, sampled=sampled, logits=None)
 
     def drop(self, sequence: Sequence) -> None:
         """A row's end: its keys and values leave the batch, and what they are worth is kept unless it failed."""
@@ -163,7 +179,7 @@ class ModelRunner:
 def _last_tokens(rows: Seq[Sequence], previous: Step | None) -> mx.array:
     """[B, 1]: what each row sampled in the previous step, read or not; a new row's last prompt token."""
     places = {row.id: index for index, row in enumerate(previous.rows)} if previous else {}
-    source = [] if previous is None else [previous.sampled.tokens]
+    source = [] if previous is None or previous.sampled is None else [previous.sampled.tokens]
     fresh = [row for row in rows if row.id not in places]
     if fresh:
         first = len(places)

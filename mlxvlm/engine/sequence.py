@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 import mlx.core as mx
 
+from mlxvlm.engine.constraints import Constraint
 from mlxvlm.engine.detokenizer import Detokenizer
 from mlxvlm.engine.kv_cache import KVGroup
 from mlxvlm.engine.params import SamplingParams
@@ -47,6 +48,7 @@ class Sequence:
         self.submitted = time.perf_counter()
         self.prepared = self.started = self.first_token = 0.0
         self.prompt = Prompt(())
+        self.constraint: Constraint | None = None
         self.image_tokens = 0
         self.cached_tokens = 0
         self.failed = False
@@ -67,7 +69,7 @@ class Sequence:
         self.launched = 0  # sampled on the device, read or not
         self.max_tokens = max_tokens
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
-        self.sampler = RowSampler(sampling, prompt.token_ids)
+        self.sampler = RowSampler(sampling, prompt.token_ids, self.token_ids, processor.tokenizer.decode)
         self._detokenizer = Detokenizer(processor.tokenizer.decode)
         self._stops = StopMatcher(sampling.stop)
         self.prepared = time.perf_counter()
@@ -136,6 +138,7 @@ class Sequence:
     def _release(self) -> None:
         """Arrays go now, not when the last reader lets go of the stream."""
         self.features, self.inputs, self.kv, self.state = [], None, None, RowState()
+        self.constraint = None
 
     def _usage(self) -> Usage:
         now = time.perf_counter()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxvlm.engine.params import SamplingParams
-from mlxvlm.engine.sampler import RowSampler, _kept, read, sample
+from mlxvlm.engine.sampler import RowSampler, _kept, edit, read, sample
 from mlxvlm.errors import UsageError
 
 V = 17
@@ -22,6 +22,11 @@ PARAMS = st.builds(
     top_p=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
     top_k=st.sampled_from([0, 1, 3, V, 10**9]),
     min_p=st.sampled_from([0.0, 0.1, 1.0]),
+    typical_p=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    xtc_probability=st.sampled_from([0.0, 0.5, 1.0]),
+    xtc_threshold=st.sampled_from([0.0, 0.05, 0.2, 1.0]),
+    dry_multiplier=st.sampled_from([0.0, 0.8, 100.0]),
+    dry_allowed_length=st.integers(1, 3),
     seed=st.integers(-(2**70), 2**70),
     repetition_penalty=st.sampled_from([0.7, 1.0, 1.5]),
     frequency_penalty=st.sampled_from([0.0, 0.5]),
@@ -35,42 +40,147 @@ def logits_of(seed: int, rows: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).normal(0, 2, (rows, V)).astype(np.float32))
 
 
-def run(logits: mx.array, rows: Sequence[RowSampler], steps: int) -> list[list[Any]]:
+def decode(ids: Sequence[int]) -> str:
+    return "".join(chr(ord("0") + token) for token in ids)
+
+
+def row_of(params: SamplingParams, prompt: Sequence[int] = ()) -> RowSampler:
+    """A row whose history is a list of its own, as a Sequence's is."""
+    return RowSampler(params, prompt, [], decode)
+
+
+def run(logits: mx.array, rows: Sequence[RowSampler], steps: int, masks: np.ndarray | None = None) -> list[list[Any]]:
     results = []
     for step in range(steps):
-        results.append(read(sample(mx.roll(logits, step, axis=-1), rows), rows))
+        results.append(read(sample(mx.roll(logits, step, axis=-1), rows, masks), rows))
+        for row, (token, _, _) in zip(rows, results[-1], strict=True):
+            cast("list[int]", row._history).append(token)
     return [list(row) for row in zip(*results, strict=True)]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(PARAMS, min_size=1, max_size=4), st.integers(0, 99))
-def test_a_row_does_not_depend_on_the_others(params: list[SamplingParams], seed: int) -> None:
+def masks_of(seed: int, rows: int) -> np.ndarray:
+    """uint32 [B, 1], some token allowed in each row."""
+    return np.random.default_rng(seed).integers(1, 1 << V, (rows, 1)).astype(np.uint32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(PARAMS, min_size=1, max_size=4), st.integers(0, 99), st.booleans())
+def test_a_row_does_not_depend_on_the_others(params: list[SamplingParams], seed: int, masked: bool) -> None:
     logits = logits_of(seed, len(params))
-    prompts = [(i, i + 3) for i in range(len(params))]
-    together = run(logits, [RowSampler(p, ids) for p, ids in zip(params, prompts, strict=True)], 3)
+    masks = masks_of(seed, len(params)) if masked else None
+    prompts = [(i, i + 3, i, i + 3) for i in range(len(params))]
+    together = run(logits, [row_of(p, ids) for p, ids in zip(params, prompts, strict=True)], 4, masks)
     for i, (p, ids) in enumerate(zip(params, prompts, strict=True)):
-        assert run(logits[i : i + 1], [RowSampler(p, ids)], 3)[0] == together[i]
+        own = None if masks is None else masks[i : i + 1]
+        assert run(logits[i : i + 1], [row_of(p, ids)], 4, own)[0] == together[i]
 
 
-def kept_slowly(logits: np.ndarray, params: SamplingParams) -> set[int]:
-    order = sorted(range(V), key=lambda token: (-logits[token], token))
-    order = order[: params.top_k or V]
-    weights = np.exp(logits[order] - logits[order].max())
-    weights /= weights.sum()
-    kept, total = set(), 0.0
-    for token, weight in zip(order, weights, strict=True):
-        if (total < params.top_p or params.top_p >= 1.0) and weight >= params.min_p * weights[0]:
-            kept.add(token)
-        total += weight
-    return kept | {order[0]}
+def kept_slowly(logits: np.ndarray, params: SamplingParams, excludes_top: bool) -> set[int]:
+    """One filter after the other, each over the probabilities of what the one before it left."""
+
+    def probabilities(tokens: list[int]) -> np.ndarray:
+        weights = np.exp(logits[tokens] - logits[tokens].max())
+        return weights / weights.sum()
+
+    def nucleus(ranked: list[int], probability: Mapping[int, float], mass: float) -> list[int]:
+        before = np.cumsum([0.0, *(probability[token] for token in ranked)])
+        return [token for i, token in enumerate(ranked) if before[i] < mass or mass >= 1.0 or i == 0]
+
+    kept = sorted(np.flatnonzero(logits > -np.inf).tolist(), key=lambda token: (-logits[token], token))
+    kept = kept[: params.top_k or V]
+    p = dict(zip(kept, probabilities(kept), strict=True))
+    kept = [token for token in nucleus(kept, p, params.top_p) if p[token] >= params.min_p * p[kept[0]]]
+    if params.typical_p < 1.0:
+        p = dict(zip(kept, probabilities(kept), strict=True))
+        entropy = -sum(value * np.log(value) for value in p.values())
+        kept = nucleus(sorted(kept, key=lambda token: abs(-np.log(p[token]) - entropy)), p, params.typical_p)
+    if excludes_top:
+        p = dict(zip(kept, probabilities(kept), strict=True))
+        above = sorted((token for token in kept if p[token] >= params.xtc_threshold), key=lambda token: -p[token])
+        kept = [token for token in kept if token not in above[:-1]]
+    return set(kept)
 
 
-@settings(max_examples=100, deadline=None)
-@given(PARAMS, st.integers(0, 999))
-def test_filters(params: SamplingParams, seed: int) -> None:
+@settings(max_examples=200, deadline=None)
+@given(PARAMS, st.integers(0, 999), st.booleans())
+def test_filters(params: SamplingParams, seed: int, masked: bool) -> None:
     logits = logits_of(seed, 1)
-    kept = np.flatnonzero(np.array(_kept(logits, [RowSampler(params, ())])[0]))
-    assert set(kept.tolist()) == kept_slowly(np.array(logits[0], dtype=np.float64), params)
+    if masked:  # as a grammar leaves them
+        logits = mx.where(mx.array(np.random.default_rng(seed).random((1, V)) < 0.5), logits, -mx.inf)
+        logits[:, 3] = 0.5
+    row = RowSampler(params, ())
+    kept = set(np.flatnonzero(np.array(_kept(logits, [row])[0])).tolist())
+    possible = set(np.flatnonzero(np.array(logits[0]) > -np.inf).tolist())
+    assert kept & possible == kept_slowly(np.array(logits[0], dtype=np.float64), params, row.excludes_top)
+
+
+def test_xtc_throws_its_dice_as_often_as_it_should() -> None:
+    """Of 0.6, 0.3 and 0.1 two are at or above 0.2: the likelier one goes, in every fourth throw."""
+    params = [
+        SamplingParams(temperature=1.0, xtc_probability=0.25, xtc_threshold=0.2, seed=seed) for seed in range(4000)
+    ]
+    logits = mx.log(mx.array([[0.6, 0.3, 0.1]]))
+    rows = [RowSampler(p, ()) for p in params]
+    thrown = [row.excludes_top for row in rows]
+    tokens = np.array(sample(mx.repeat(logits, len(rows), axis=0), rows).tokens)
+    assert abs(np.mean(thrown) - 0.25) < 0.02
+    assert not (tokens[thrown] == 0).any()
+    assert abs(np.mean(tokens[thrown] == 1) - 0.75) < 0.04  # the noise is not the dice
+    assert abs(np.mean(tokens[~np.array(thrown)] == 0) - 0.6) < 0.03
+
+
+def test_typical_by_hand() -> None:
+    """The entropy of (0.6, 0.3, 0.1) is 0.90 nats: 0.3 (1.20) is nearer to it than 0.6 (0.51) and 0.1 (2.30)."""
+    logits = mx.log(mx.array([[0.6, 0.3, 0.1]]))
+    for mass, kept in ((0.2, {1}), (0.4, {0, 1}), (0.95, {0, 1, 2})):
+        found = np.array(_kept(logits, [RowSampler(SamplingParams(temperature=1.0, typical_p=mass), ())])[0])
+        assert set(np.flatnonzero(found).tolist()) == kept
+
+
+def test_a_row_without_typical_keeps_its_tail_beside_one_with() -> None:
+    """Sums of float32 reach 1 before the last of many tokens."""
+    rows = [RowSampler(SamplingParams(temperature=1.0, typical_p=p), ()) for p in (1.0, 0.5)]
+    logits = mx.array(np.random.default_rng(0).normal(0, 6, (1, 5000)).astype(np.float32))
+    kept = np.array(_kept(mx.repeat(logits, 2, axis=0), rows))
+    assert kept[0].all()
+    assert kept[1].sum() < 100
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_masks_leave_only_their_tokens(temperature: float) -> None:
+    """More tokens than a word has bits."""
+    logits = mx.array(np.random.default_rng(1).normal(0, 1, (2, 70)).astype(np.float32))
+    masks = np.array([[0, 1 << 31 | 1, 1 << 5], [0xFFFFFFFF] * 3], np.uint32)
+    seen: tuple[set[int], set[int]] = (set(), set())
+    for seed in range(200):
+        rows = [
+            RowSampler(SamplingParams(temperature=temperature, seed=seed, logit_bias={0: 100.0}), ()),
+            row_of(SamplingParams()),
+        ]
+        for found, (token, _, _) in zip(seen, read(sample(logits, rows, masks), rows), strict=True):
+            found.add(token)
+    assert seen[0] <= {32, 63, 69}
+    assert len(seen[0]) == (3 if temperature else 1)
+    assert seen[1] == {int(mx.argmax(logits[1]))}
+
+
+def test_openais_penalties_by_hand() -> None:
+    """mu[j] - c[j] * frequency_penalty - (c[j] > 0) * presence_penalty: OpenAI's guide to parameters."""
+    logits = mx.array([[2.0, 1.9, 1.0, 0.0]] * 2)
+    rows = [row_of(SamplingParams(frequency_penalty=0.3)), row_of(SamplingParams(presence_penalty=0.95), (0, 1, 2, 3))]
+    tokens = run(logits[:, :], rows, 0) or [[], []]
+    expected = [
+        ([2.0, 1.9, 1.0, 0.0], [2.0, 1.9, 1.0, 0.0]),
+        ([1.7, 1.9, 1.0, 0.0], [1.05, 1.9, 1.0, 0.0]),
+        ([1.7, 1.6, 1.0, 0.0], [1.05, 0.95, 1.0, 0.0]),
+        ([1.4, 1.6, 1.0, 0.0], [1.05, 0.95, 1.0, 0.0]),
+        ([1.4, 1.3, 1.0, 0.0], [1.05, 0.95, 1.0, 0.0]),
+    ]
+    for first, second in expected:
+        assert np.allclose(np.array(edit(logits, rows)), [first, second], atol=1e-6)
+        for found, (token, _, _) in zip(tokens, read(sample(logits, rows), rows), strict=True):
+            found.append(token)
+    assert tokens == [[0, 1, 0, 1, 0], [0, 1, 0, 0, 0]]
 
 
 def test_frequencies_follow_the_distribution() -> None:
@@ -112,7 +222,7 @@ def test_penalties_count_generated_tokens_and_repetition_also_the_prompt() -> No
             expected[token] -= 0.25
         for token in set(generated):
             expected[token] -= 0.5
-        assert np.abs(np.array(row.edit(logits[0])) - expected).max() < 1e-5
+        assert np.abs(np.array(edit(logits, [row])[0]) - expected).max() < 1e-5
         generated.append(read(sample(logits, [row]), [row])[0][0])
         assert generated[-1] == expected.argmax()
     assert len(set(generated)) > 1
@@ -161,6 +271,20 @@ def test_nan_is_reported_for_its_row_only() -> None:
         ("top_k", 1.5),
         ("max_tokens", 0),
         ("seed", 1.0),
+        ("top_k", None),
+        ("typical_p", 1.1),
+        ("typical_p", None),
+        ("xtc_probability", -0.1),
+        ("xtc_threshold", 2),
+        ("dry_multiplier", -1),
+        ("dry_multiplier", float("nan")),
+        ("dry_base", 0.5),
+        ("dry_allowed_length", 0),
+        ("dry_allowed_length", None),
+        ("dry_sequence_breakers", "\n"),
+        ("dry_sequence_breakers", ("",)),
+        ("dry_sequence_breakers", (1,)),
+        ("stop", None),
         ("repetition_penalty", 0),
         ("frequency_penalty", float("inf")),
         ("top_logprobs", 21),
