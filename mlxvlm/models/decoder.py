@@ -1,4 +1,4 @@
-"""The Llama-shaped text decoder: pre-norm blocks of causal self-attention and a gated MLP. Knows no images.
+"""The Llama-shaped text decoder: pre-norm blocks of causal self-attention and a gated MLP. Knows no pixels.
 
 Source: Touvron et al. 2023 (arXiv 2302.13971); transformers `LlamaModel`.
 """
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.models.base import Cache, KVSpec, check_numbers
+from mlxvlm.models.base import Cache, Features, Inputs, KVSpec, RowState, check_numbers, images_from, merge_features
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
 from mlxvlm.models.rope import RoPE, Rotation, rope_parameters
+from mlxvlm.processors.base import Prompt
 
 
 class TextType(NamedTuple):
@@ -189,3 +190,48 @@ class Decoder(nn.Module):
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, rotate, layer_cache)
         return self.norm(x)
+
+
+class DecoderModel(nn.Module):
+    """The part of a VisionLanguageModel that is the same wherever features stand in the places of placeholders.
+
+    A family says where its decoder and head are, and has `_config` with `text` and `image_token_id`.
+    """
+
+    _config: Any
+
+    @property
+    def decoder(self) -> Decoder:
+        raise NotImplementedError
+
+    @property
+    def head(self) -> nn.Module | None:
+        """None where the embeddings serve as head too."""
+        raise NotImplementedError
+
+    @property
+    def kv_specs(self) -> Sequence[KVSpec]:
+        specs: Sequence[KVSpec] = self._config.text.kv_specs
+        return specs
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._config.text.vocab_size)
+
+    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
+        return images_from(prompt, start)
+
+    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
+        embeds = self.decoder.embed(mx.array(prompt.token_ids)[None])
+        return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
+
+    def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
+        return Inputs(self.decoder.embed(token_ids))
+
+    def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
+        return self.decoder(inputs.embeds, cache)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        head = self.head
+        logits: mx.array = self.decoder.embed_tokens.as_linear(hidden) if head is None else head(hidden)
+        return logits

@@ -17,21 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxvlm.models.base import (
-    Cache,
-    Features,
-    Inputs,
-    KVSpec,
     QuantPaths,
-    RowState,
     check_numbers,
-    images_from,
     is_buffer,
-    merge_features,
     renamed,
 )
-from mlxvlm.models.decoder import Decoder, DecoderConfig
+from mlxvlm.models.decoder import Decoder, DecoderConfig, DecoderModel
 from mlxvlm.models.vit import Encoder, VisionConfig, pixel_shuffle, to_channels_last
-from mlxvlm.processors.base import PreparedImage, Prompt
+from mlxvlm.processors.base import PreparedImage
 
 # Idefics3VisionConfig's, for what a vision_config leaves out.
 VISION_DEFAULTS = {
@@ -153,7 +146,7 @@ class Backbone(nn.Module):
         self.text_model = Decoder(config.text)
 
 
-class Model(nn.Module):
+class Model(DecoderModel):
     """A VisionLanguageModel."""
 
     quant_paths = QuantPaths(decoder="model.text_model", head="lm_head", tower="model.vision_model.encoder.layers")
@@ -166,12 +159,12 @@ class Model(nn.Module):
         self._config = config
 
     @property
-    def kv_specs(self) -> list[KVSpec]:
-        return self._config.text.kv_specs
+    def decoder(self) -> Decoder:
+        return self.model.text_model
 
     @property
-    def vocab_size(self) -> int:
-        return self._config.text.vocab_size
+    def head(self) -> nn.Module | None:
+        return None if self._config.tie_word_embeddings else self.lm_head
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
         """[frames, 3, side, side] pixels of each image -> [frames * tokens a frame, D]."""
@@ -181,27 +174,6 @@ class Model(nn.Module):
         features = self.model.connector(tower(frames.astype(tower.post_layernorm.weight.dtype)))
         pieces = mx.split(features, np.cumsum(counts)[:-1].tolist())
         return [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
-
-    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
-        return images_from(prompt, start)
-
-    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
-        embeds = self.model.text_model.embed(mx.array(prompt.token_ids)[None])
-        return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
-
-    def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
-        return Inputs(self.model.text_model.embed(token_ids))
-
-    def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
-        hidden: mx.array = self.model.text_model(inputs.embeds, cache)
-        return hidden
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        if self._config.tie_word_embeddings:
-            tied: mx.array = self.model.text_model.embed_tokens.as_linear(hidden)
-            return tied
-        head: mx.array = self.lm_head(hidden)
-        return head
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub and transformers 5 names are ours; MLX-community ones lack the `model.` prefix."""

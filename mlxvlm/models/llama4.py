@@ -17,21 +17,16 @@ from numpy.typing import NDArray
 
 from mlxvlm.models.base import (
     Cache,
-    Features,
-    Inputs,
     KVSpec,
     QuantPaths,
-    RowState,
     check_numbers,
-    images_from,
-    merge_features,
 )
-from mlxvlm.models.decoder import Attention, Decoder, DecoderConfig
+from mlxvlm.models.decoder import Attention, Decoder, DecoderConfig, DecoderModel
 from mlxvlm.models.experts import Experts
 from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
 from mlxvlm.models.rope import Rotation, inverse_frequencies, rope_parameters
 from mlxvlm.models.vit import VisionMLP, attend, pixel_shuffle
-from mlxvlm.processors.base import PreparedImage, Prompt
+from mlxvlm.processors.base import PreparedImage
 
 _LAYER_NORM_EPS = 1e-5  # the reference ignores vision_config.norm_eps
 _VISION_ACT = "gelu"  # and vision_config.hidden_act
@@ -408,7 +403,7 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
-class Model(nn.Module):
+class Model(DecoderModel):
     """A VisionLanguageModel."""
 
     quant_paths = QuantPaths(
@@ -425,12 +420,12 @@ class Model(nn.Module):
         self._config = config
 
     @property
-    def kv_specs(self) -> list[KVSpec]:
-        return self._config.text.kv_specs
+    def decoder(self) -> Decoder:
+        return self.language_model.model
 
     @property
-    def vocab_size(self) -> int:
-        return self._config.text.vocab_size
+    def head(self) -> nn.Module | None:
+        return self.language_model.lm_head
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
         """[tiles, 3, side, side] pixels of each image -> [tiles * tokens a tile, D]."""
@@ -440,24 +435,6 @@ class Model(nn.Module):
         features = self.multi_modal_projector.linear_1(tower(tiles.astype(tower.layernorm_post.weight.dtype)))
         pieces = mx.split(features, np.cumsum(counts)[:-1].tolist())
         return [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
-
-    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
-        return images_from(prompt, start)
-
-    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
-        embeds = self.language_model.model.embed(mx.array(prompt.token_ids)[None])
-        return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
-
-    def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
-        return Inputs(self.language_model.model.embed(token_ids))
-
-    def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
-        hidden: mx.array = self.language_model.model(inputs.embeds, cache)
-        return hidden
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        head: mx.array = self.language_model.lm_head(hidden)
-        return head
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """All layouts have our names, but for the experts: see _split_experts."""

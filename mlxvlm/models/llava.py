@@ -17,22 +17,15 @@ import numpy as np
 
 from mlxvlm.errors import UnsupportedModelError
 from mlxvlm.models.base import (
-    Cache,
-    Features,
-    Inputs,
-    KVSpec,
     QuantPaths,
-    RowState,
     check_numbers,
-    images_from,
     is_buffer,
-    merge_features,
     renamed,
 )
-from mlxvlm.models.decoder import TEXT_TYPES, Decoder, DecoderConfig
+from mlxvlm.models.decoder import TEXT_TYPES, Decoder, DecoderConfig, DecoderModel
 from mlxvlm.models.layers import activation
 from mlxvlm.models.vit import Encoder, VisionConfig, to_channels_last
-from mlxvlm.processors.base import PreparedImage, Prompt
+from mlxvlm.processors.base import PreparedImage
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 # CLIPVisionConfig's and SiglipVisionConfig's, for what a vision_config leaves out.
@@ -241,7 +234,7 @@ def pack_tiles(features: mx.array, layout: Sequence[int], newline: mx.array) -> 
     return mx.concatenate([features[0], lines])
 
 
-class Model(nn.Module):
+class Model(DecoderModel):
     """A VisionLanguageModel."""
 
     quant_paths = QuantPaths(
@@ -260,12 +253,12 @@ class Model(nn.Module):
         self._config = config
 
     @property
-    def kv_specs(self) -> list[KVSpec]:
-        return self._config.text.kv_specs
+    def decoder(self) -> Decoder:
+        return self.language_model.model
 
     @property
-    def vocab_size(self) -> int:
-        return self._config.text.vocab_size
+    def head(self) -> nn.Module | None:
+        return None if self._config.tie_word_embeddings else self.language_model.lm_head
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
         """[frames, 3, side, side] pixels of each image -> [N, D]."""
@@ -278,27 +271,6 @@ class Model(nn.Module):
             return [piece[0] for piece in pieces]
         newline = self.image_newline.astype(features.dtype)
         return [pack_tiles(piece, image.layout, newline) for piece, image in zip(pieces, images, strict=True)]
-
-    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
-        return images_from(prompt, start)
-
-    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
-        embeds = self.language_model.model.embed(mx.array(prompt.token_ids)[None])
-        return Inputs(merge_features(embeds, prompt, self._config.image_token_id, features))
-
-    def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
-        return Inputs(self.language_model.model.embed(token_ids))
-
-    def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
-        hidden: mx.array = self.language_model.model(inputs.embeds, cache)
-        return hidden
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        if self._config.tie_word_embeddings:
-            tied: mx.array = self.language_model.model.embed_tokens.as_linear(hidden)
-            return tied
-        head: mx.array = self.language_model.lm_head(hidden)
-        return head
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub and MLX-community names are ours; transformers 5 has others for the same tensors."""

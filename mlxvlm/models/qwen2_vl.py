@@ -23,11 +23,10 @@ from mlxvlm.models.base import (
     QuantPaths,
     RowState,
     check_numbers,
-    images_from,
     merge_features,
     renamed,
 )
-from mlxvlm.models.decoder import Decoder, DecoderConfig
+from mlxvlm.models.decoder import Decoder, DecoderConfig, DecoderModel
 from mlxvlm.models.layers import join_heads, split_heads
 from mlxvlm.models.rope import MRoPE, Rotation, inverse_frequencies, rope_parameters, rotation
 from mlxvlm.models.vit import VisionMLP
@@ -245,7 +244,7 @@ def mrope_positions(prompt: Prompt, merge: int) -> tuple[NDArray[np.int32], int]
     return positions, delta
 
 
-class Model(nn.Module):
+class Model(DecoderModel):
     """A VisionLanguageModel."""
 
     quant_paths = QuantPaths(decoder="model", head="lm_head", tower="visual.blocks")
@@ -260,13 +259,17 @@ class Model(nn.Module):
         self._rope = MRoPE(config.text.head_dim, config.text.rope, config.mrope_section)
 
     @property
-    def kv_specs(self) -> list[KVSpec]:
-        specs = zip(self._config.text.kv_specs, self._config.windows, strict=True)
-        return [replace(spec, window=window) for spec, window in specs]
+    def decoder(self) -> Decoder:
+        return self.model
 
     @property
-    def vocab_size(self) -> int:
-        return self._config.text.vocab_size
+    def head(self) -> nn.Module | None:
+        return None if self._config.tie_word_embeddings else self.lm_head
+
+    @property
+    def kv_specs(self) -> Sequence[KVSpec]:
+        specs = zip(self._config.text.kv_specs, self._config.windows, strict=True)
+        return [replace(spec, window=window) for spec, window in specs]
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
         """[P, 3, side, side] patches of each image -> [P / merge^2, D]. Images of one grid go through together."""
@@ -278,9 +281,6 @@ class Model(nn.Module):
             rows, columns = grid
             features.update(zip(places, self.visual(patches, (rows, columns)), strict=True))
         return [features[index] for index in range(len(images))]
-
-    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
-        return images_from(prompt, start)
 
     def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
         embeds = self.model.embed(mx.array(prompt.token_ids)[None])
@@ -307,13 +307,6 @@ class Model(nn.Module):
         if any(deltas):
             offset = offset + (deltas[0] if len(deltas) == 1 else mx.array(deltas))
         return self._rope.at(offset)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        if self._config.tie_word_embeddings:
-            tied: mx.array = self.model.embed_tokens.as_linear(hidden)
-            return tied
-        head: mx.array = self.lm_head(hidden)
-        return head
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub names are ours; transformers 5 (in memory) and MLX-community put the parts under other prefixes."""

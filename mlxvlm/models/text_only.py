@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.models.base import Cache, Features, Inputs, KVSpec, QuantPaths, RowState, images_from, is_buffer
-from mlxvlm.models.decoder import Decoder, DecoderConfig
-from mlxvlm.processors.base import PreparedImage, Prompt
+from mlxvlm.models.base import QuantPaths, is_buffer
+from mlxvlm.models.decoder import Decoder, DecoderConfig, DecoderModel
+from mlxvlm.processors.base import PreparedImage
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,14 @@ class Config:
 
     text: DecoderConfig
     tie_word_embeddings: bool
+    image_token_id: int = -1  # no token's
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
         return cls(DecoderConfig.from_dict(config), bool(config.get("tie_word_embeddings", False)))
 
 
-class Model(nn.Module):
+class Model(DecoderModel):
     """A VisionLanguageModel that sees nothing."""
 
     quant_paths = QuantPaths(decoder="model", head="lm_head", tower="")
@@ -42,38 +43,18 @@ class Model(nn.Module):
         self._config = config
 
     @property
-    def kv_specs(self) -> list[KVSpec]:
-        return self._config.text.kv_specs
+    def decoder(self) -> Decoder:
+        return self.model
 
     @property
-    def vocab_size(self) -> int:
-        return self._config.text.vocab_size
+    def head(self) -> nn.Module | None:
+        return None if self._config.tie_word_embeddings else self.lm_head
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
         """Never called with pictures: the processor refuses them."""
         if images:
             raise ValueError("a model without a vision tower can't encode images")
         return []
-
-    def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
-        return images_from(prompt, start)
-
-    def embed_prompt(self, prompt: Prompt, features: Features) -> Inputs:
-        return Inputs(self.model.embed(mx.array(prompt.token_ids)[None]))
-
-    def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
-        return Inputs(self.model.embed(token_ids))
-
-    def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
-        hidden: mx.array = self.model(inputs.embeds, cache)
-        return hidden
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        if self._config.tie_word_embeddings:
-            tied: mx.array = self.model.embed_tokens.as_linear(hidden)
-            return tied
-        head: mx.array = self.lm_head(hidden)
-        return head
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hub and MLX-community names are ours; tied checkpoints may store the same matrix twice."""
