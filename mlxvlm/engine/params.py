@@ -80,8 +80,6 @@ class SamplingParams:
         """Raises UsageError naming the first parameter out of range; MLX checks no bounds."""
         for name, (low, high) in _RANGES.items():
             _in_range(name, getattr(self, name), low, high)
-        if self.repetition_penalty == 0:
-            raise UsageError("repetition_penalty must be above 0 (1 is off)")
         _whole("top_k", self.top_k, 0)
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 1)
@@ -92,6 +90,8 @@ class SamplingParams:
         _whole("dry_allowed_length", self.dry_allowed_length, 1)
         _strings("stop", self.stop)
         _strings("dry_sequence_breakers", self.dry_sequence_breakers)
+        if not isinstance(self.stop_token_ids, Collection) or not isinstance(self.logit_bias, Mapping):
+            raise UsageError("stop_token_ids takes a list of token ids, logit_bias a mapping from token ids to numbers")
         for token in self.stop_token_ids:
             _whole("a token id of stop_token_ids", token, 0)
         for token, bias in self.logit_bias.items():
@@ -123,7 +123,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "xtc_threshold": (0.0, 1.0),
     "frequency_penalty": (-100.0, 100.0),
     "presence_penalty": (-100.0, 100.0),
-    "repetition_penalty": (0.0, 100.0),
+    "repetition_penalty": (0.01, 100.0),
     "dry_multiplier": (0.0, 100.0),
     "dry_base": (1.0, 10.0),
 }

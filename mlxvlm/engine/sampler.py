@@ -22,6 +22,7 @@ from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import TokenLogprob
 
 _MASK_64 = (1 << 64) - 1
+_MIN_TEMPERATURE = 1e-5  # as good as greedy; much lower ones overflow float32
 
 
 class RowSampler:
@@ -178,7 +179,7 @@ def _unpacked(words: mx.array, vocab_size: int) -> mx.array:
 
 def _draw(logits: mx.array, rows: Sequence[RowSampler]) -> mx.array:
     """Gumbel-max over the tokens that the filters keep, [B]."""
-    temperature = mx.array([row.params.temperature or 1.0 for row in rows])[:, None]
+    temperature = mx.array([max(row.params.temperature, _MIN_TEMPERATURE) for row in rows])[:, None]
     scaled = logits / temperature
     if any(_filters(row.params) for row in rows):
         scaled = mx.where(_kept(scaled, rows), scaled, -mx.inf)

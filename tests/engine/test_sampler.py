@@ -193,6 +193,13 @@ def test_frequencies_follow_the_distribution() -> None:
     assert not (tokens == 4).any()
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = logits_of(0, 1)
+    for temperature in (1e-6, 1e-40, 1e-300):
+        rows = [RowSampler(SamplingParams(temperature=temperature, top_p=0.9), ())]
+        assert int(sample(logits, rows).tokens.item()) == int(mx.argmax(logits))
+
+
 def test_steps_of_one_seed_differ_and_repeat() -> None:
     flat = mx.zeros((1, 1000))
     draws = [
@@ -285,6 +292,9 @@ def test_nan_is_reported_for_its_row_only() -> None:
         ("dry_sequence_breakers", ("",)),
         ("dry_sequence_breakers", (1,)),
         ("stop", None),
+        ("stop_token_ids", None),
+        ("stop_token_ids", ("1",)),
+        ("logit_bias", None),
         ("repetition_penalty", 0),
         ("frequency_penalty", float("inf")),
         ("top_logprobs", 21),
