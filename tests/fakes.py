@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import InputError

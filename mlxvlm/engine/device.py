@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import mlx.core as mx
 
+_MEMORY_SHARE = 0.8  # of physical memory, where the device recommends nothing
 _CACHE_SHARE = 0.05  # of the working set: freed buffers that MLX may keep for reuse
 
 
@@ -50,6 +52,13 @@ def report() -> DeviceReport:
 def memory() -> MemoryReport:
     """Callable from any thread."""
     return MemoryReport(mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory())
+
+
+def default_budget() -> int:
+    """Bytes that MLX may use: what macOS recommends, elsewhere 4/5 of the machine's memory."""
+    info = report()
+    physical = info.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return info.working_set_bytes or int(physical * _MEMORY_SHARE)
 
 
 def configure() -> None:

@@ -1,52 +1,52 @@
 """One thread that owns MLX: it loads a model and answers requests from any thread. Knows no family and no door.
 
 Each tick: commands, one decode step of all rows, then one batch of images or one prefill chunk. A decode step is
-started before the one before it is read, so the device never waits for Python.
+started before the one before it is read, so the device never waits for Python. docs/engine.md has it on one screen.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
+import traceback
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
 from typing import TypeAlias
 
 import mlx.core as mx
 
-from mlxvlm.engine import device
-from mlxvlm.engine.params import SamplingParams
-from mlxvlm.engine.request import Completion, Request
+from mlxvlm.engine import admission, device
+from mlxvlm.engine.admission import Admission
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.request import Completion, FinishReason, Request
 from mlxvlm.engine.runner import ModelRunner, Step
 from mlxvlm.engine.sampler import read
 from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
+from mlxvlm.engine.stats import EngineStats
 from mlxvlm.engine.stream import Stream
-from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, MlxvlmError
+from mlxvlm.errors import (
+    EngineClosedError,
+    InputError,
+    InternalError,
+    MlxvlmError,
+    ModelError,
+    OverloadedError,
+    UsageError,
+)
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.processors.base import Processor, Prompt, check_messages
 
 Command: TypeAlias = Callable[[], None]
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
+_LONGEST_SLEEP_S = 3600.0  # for a command; much more is too much for the system's clock
 Build: TypeAlias = Callable[[Progress], VisionLanguageModel]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What the engine must know beside the model. Token counts."""
-
-    max_context: int
-    eos_token_ids: frozenset[int]
-    sampling: SamplingParams = field(default_factory=SamplingParams)  # of requests that bring none
-    max_rows: int = 16
-    prefill_chunk: int = 2048
-    prefill_chunk_while_decoding: int = 256  # a long prompt must not stall running streams
-    max_images: int = 64  # of one request
-    num_workers: int = 2  # threads that prepare prompts and images
 
 
 class Engine:
@@ -61,10 +61,13 @@ class Engine:
         self.config = config
         self.processor = processor
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._scheduler = Scheduler(config.max_rows)
         self._open: dict[int, Sequence] = {}  # every sequence that has not ended
-        self._lock = threading.Lock()  # nothing opens once closing has begun
+        self._lock = threading.Lock()  # around what is open, and whether more may be
+        self._all_ended = threading.Condition(self._lock)
+        self._refusing = False
         self._pending: Step | None = None
+        self._next_deadline = math.inf
+        self._steps = self._generated = 0
         self._closing = threading.Event()
         self._loaded: Future[None] = Future()
         self._pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="mlxvlm-prepare")
@@ -79,16 +82,24 @@ class Engine:
             raise
 
     def submit(self, request: Request) -> Stream:
-        """Starts a request. Raises UsageError for a bad parameter; all later errors come through the stream."""
+        """Starts a request; all errors but these come through the stream.
+
+        Raises UsageError for a bad parameter, OverloadedError when too many requests wait, EngineClosedError.
+        """
         sampling = request.sampling or self.config.sampling
         sampling.check(self._vocab_size)
-        stream = Stream(lambda: self._commands.put(partial(self._cancel, sequence)))
-        sequence = Sequence(sampling, stream)
+        stream = Stream(lambda: self._commands.put(partial(self._finish, sequence, "cancelled")))
+        sequence = Sequence(sampling, stream, _timeout(request.timeout_s or self.config.timeout_s))
         with self._lock:
-            if self._closing.is_set():
+            if self._refusing:
                 raise EngineClosedError("the engine is closed")
+            if len(self._open) - self._scheduler.num_running >= self.config.max_queue:
+                raise OverloadedError(f"{self.config.max_queue} requests are waiting, which is the limit: try again")
             self._open[sequence.id] = sequence
             prepared = self._pool.submit(_prepare, self.processor, request, self.config.max_images)
+        sequence.preparing = prepared
+        if sequence.deadline < math.inf:
+            self._commands.put(partial(self._watch, sequence))
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
         return stream
 
@@ -100,12 +111,35 @@ class Engine:
         """MLX's memory counters of this process."""
         return device.memory()
 
-    def close(self) -> None:
-        """Ends every request with EngineClosedError, frees the model and waits for the thread."""
+    def stats(self) -> EngineStats:
+        """How much runs, waits and is reserved; callable from any thread."""
+        running, budget = self._scheduler.num_running, self._admission
+        return EngineStats(
+            running=running,
+            waiting=max(len(self._open) - running, 0),
+            budget_bytes=budget.budget,
+            model_bytes=budget.base,
+            reserved_bytes=budget.reserved,
+            steps=self._steps,
+            generated_tokens=self._generated,
+        )
+
+    def close(self, drain_s: float | None = None) -> None:
+        """Takes no more requests, gives those that run `drain_s` seconds, ends the rest with EngineClosedError.
+
+        Returns when memory is free and no thread is left; a picture that is being fetched is waited for.
+        """
         with self._lock:
-            self._closing.set()
+            self._refusing = True
+            if drain_s is not None:
+                self._all_ended.wait_for(lambda: not self._open, drain_s)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._finalizer()
+        self._thread.join()  # also where another thread closes at the same time
+        self._pool.shutdown()
+        with suppress(queue.Empty):  # what nobody will run holds on to prompts
+            while True:
+                self._commands.get_nowait()
 
     def __enter__(self) -> Engine:
         return self
@@ -120,7 +154,9 @@ class Engine:
             if self._load(build, progress):
                 while not self._closing.is_set():
                     self._drain()
-                    self._tick()
+                    failure = _failure_of(self._tick)
+                    if failure is not None:
+                        self._fail(self._all_open(), failure)
         finally:
             self._shut_down()
 
@@ -133,20 +169,32 @@ class Engine:
 
         try:
             device.configure()
-            self._runner = ModelRunner(build(report))
+            self._runner = ModelRunner(build(report), self.config.prefill_chunk)
             self._vocab_size = self._runner.model.vocab_size
+            self._admission = self._admit_by_bytes()
+            self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             self._loaded.set_exception(error)
             return False
         self._loaded.set_result(None)
         return True
 
+    def _admit_by_bytes(self) -> Admission:
+        budget = self.config.max_memory_bytes
+        budget = device.default_budget() if budget is None else budget
+        loaded = device.memory().active_bytes
+        if loaded >= budget:
+            raise ModelError(
+                f"the model takes {loaded} bytes, but the memory budget is {budget}: raise max_memory_bytes, or "
+                "quantise the model"
+            )
+        return Admission(budget, loaded, self._runner.sizes)
+
     def _shut_down(self) -> None:
         with self._lock:
+            self._refusing = True
             self._closing.set()
-        for sequence in list(self._open.values()):
-            sequence.fail(EngineClosedError("the engine was closed"))
-        self._open.clear()
+        self._fail(self._all_open(), EngineClosedError("the engine was closed"))
         self._pending = None
         self.__dict__.pop("_runner", None)
         mx.clear_cache()
@@ -154,46 +202,63 @@ class Engine:
         mx.clear_streams()
 
     def _drain(self) -> None:
-        """Runs waiting commands; sleeps when there is nothing else to do."""
+        """Runs waiting commands; sleeps until the next deadline when there is nothing else to do."""
         idle = not self._scheduler.is_busy and self._pending is None
-        try:
+        left = min(max(self._next_deadline - time.perf_counter(), 0.0), _LONGEST_SLEEP_S)
+        with suppress(queue.Empty):
             while True:
-                self._commands.get(block=idle)()
+                self._commands.get(block=idle, timeout=left if self._next_deadline < math.inf else None)()
                 idle = False
-        except queue.Empty:
-            return
 
     def _tick(self) -> None:
+        self._expire()
+        self._scheduler.grow()
         self._scheduler.admit()
         decoding = self._scheduler.decoding
         self._decode(decoding)
         unit = self._scheduler.next_unit()
         if unit is not None:
             self._guarded([unit], partial(self._advance, unit, bool(decoding)))
-        self._scheduler.admit()
 
-    def _guarded(self, sequences: Seq[Sequence], work: Callable[[], None]) -> None:
-        """The one place where an unexpected error becomes the error of the requests it belongs to."""
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001 - the top of the engine thread
-            failure = _as_failure(error)
-            for sequence in sequences:
-                sequence.fail(failure)
-                self._forget(sequence)
+    def _guarded(self, sequences: Seq[Sequence], work: Command) -> bool:
+        """Whether work is done; an unexpected error becomes the error of the requests that it belongs to."""
+        failure = _failure_of(work)
+        if failure is not None:
+            self._fail(sequences, failure)
+        return failure is None
+
+    def _fail(self, sequences: Seq[Sequence], failure: MlxvlmError) -> None:
+        for sequence in sequences:
+            sequence.fail(failure)
+            self._forget(sequence)
+
+    def _all_open(self) -> list[Sequence]:
+        with self._lock:
+            return list(self._open.values())
 
     def _decode(self, decoding: list[Sequence]) -> None:
         """Starts a step, then reads the one before: some of its rows may have had their last in it."""
         previous, self._pending = self._pending, None
         owners = set(self._runner.batch.owners)
-        if owners:
-            rows = [sequence for sequence in decoding if sequence.id in owners]
-            self._guarded(rows, partial(self._launch, rows, previous))
+        rows = [sequence for sequence in decoding if sequence.id in owners]
+        if rows and _failure_of(partial(self._launch, rows, previous)):
+            self._launch_without_culprits(rows, previous)
         if previous is not None:
             self._guarded(previous.rows, partial(self._deliver, previous))
+        for row in decoding:
+            # Neither in the batch nor with its last token on the way: it would never end.
+            if not row.done and row not in rows and (previous is None or row not in previous.rows):
+                self._fail([row], InternalError("the request has lost its keys and values"))
 
     def _launch(self, rows: list[Sequence], previous: Step | None) -> None:
         self._pending = self._runner.decode(rows, previous)
+        self._steps += 1
+
+    def _launch_without_culprits(self, rows: list[Sequence], previous: Step | None) -> None:
+        """A step has failed: rows that also fail alone end, the others get the step once more."""
+        rest = [row for row in rows if self._guarded([row], partial(self._runner.attempt, row, previous))]
+        if rest:
+            self._guarded(rest, partial(self._launch, rest, previous))
 
     def _deliver(self, step: Step) -> None:
         """Reads a step and hands its tokens out; rows that ended in the meantime are passed over."""
@@ -202,11 +267,11 @@ class Engine:
             if row.done:
                 continue
             if is_bad:
-                row.fail(InternalError("the model produced NaN for this request"))
-            else:
-                row.accept(token_id, logprob)
-            if row.done:
-                self._forget(row)
+                self._fail([row], InternalError("the model produced NaN for this request"))
+            elif self._guarded([row], partial(row.accept, token_id, logprob)):
+                self._generated += 1
+                if row.done:
+                    self._forget(row)
 
     def _advance(self, sequence: Sequence, is_decoding: bool) -> None:
         if not sequence.started:
@@ -219,54 +284,54 @@ class Engine:
 
     def _prepared(self, sequence: Sequence, future: Future[Prompt]) -> None:
         """A prompt comes out of the pool, or the error of making it."""
-        if sequence.done:
-            return
-        error = EngineClosedError("the engine was closed") if future.cancelled() else future.exception()
-        if error is None:
-            error = self._unfit(future.result())
-        if error is not None:
-            sequence.fail(_as_failure(error))
-            self._forget(sequence)
-        else:
-            self._guarded([sequence], partial(self._begin, sequence, future.result()))
+        if not sequence.done:
+            self._guarded([sequence], partial(self._begin, sequence, future))
 
-    def _begin(self, sequence: Sequence, prompt: Prompt) -> None:
-        room = self.config.max_context - len(prompt.token_ids)
-        max_tokens = min(sequence.sampling.max_tokens or room, room)
-        sequence.begin(prompt, self.processor, max_tokens, self.config.eos_token_ids)
+    def _begin(self, sequence: Sequence, future: Future[Prompt]) -> None:
+        if future.cancelled():
+            raise EngineClosedError("the engine was closed")
+        prompt = future.result()
+        config = self.config
+        admission.check(prompt, self.processor.image_token_id, self._vocab_size, config.max_context)
+        room = config.max_context - len(prompt.token_ids)
+        wanted = sequence.sampling.max_tokens
+        max_tokens = min(admission.ANSWER_STEP if wanted is None else wanted, room)
+        need = self._admission.need(prompt, max_tokens)
+        self._admission.check(need)
+        pixels = sum(int(image.pixels.nbytes) for image in prompt.images)
+        if self._scheduler.queued_bytes and self._scheduler.queued_bytes + pixels > config.max_queue_bytes:
+            raise OverloadedError("the pictures of waiting requests fill the queue: try again")
+        sequence.begin(prompt, self.processor, max_tokens, config.eos_token_ids)
+        sequence.need, sequence.longest = need, room if wanted is None else max_tokens
         self._scheduler.add(sequence)
 
-    def _unfit(self, prompt: Prompt) -> MlxvlmError | None:
-        """Why a prompt can't be answered, None if it can."""
-        length, limit = len(prompt.token_ids), self.config.max_context
-        if not length:
-            return InputError("the prompt is empty")
-        # MLX reads beyond an embedding's end without a word. A placeholder's own row is never used.
-        foreign = {i for i in prompt.token_ids if not 0 <= i < self._vocab_size} - {self.processor.image_token_id}
-        if foreign:
-            return InputError(
-                f"the prompt has token id {min(foreign)}, but the model's vocabulary ends at {self._vocab_size}: "
-                "the tokenizer is not this model's"
-            )
-        if length >= limit:
-            images = prompt.token_ids.count(self.processor.image_token_id) if prompt.images else 0
-            of_images = f" ({images} of them for images)" if images else ""
-            return ContextLengthError(
-                f"the prompt has {length} tokens{of_images}, but the model's context is {limit}: "
-                "shorten it or send fewer images"
-            )
-        if prompt.images and prompt.images[-1].span[1] == length:
-            # Decoding starts from the last token's own embedding.
-            return InputError("the prompt ends with an image: the chat template must add text after it")
-        return None
+    def _watch(self, sequence: Sequence) -> None:
+        self._next_deadline = min(self._next_deadline, sequence.deadline)
 
-    def _cancel(self, sequence: Sequence) -> None:
-        sequence.cancel()
+    def _expire(self) -> None:
+        """Ends what is out of time, in whatever phase it is."""
+        now = time.perf_counter()
+        if now < self._next_deadline:
+            return
+        for sequence in self._all_open():
+            if sequence.deadline <= now:
+                self._finish(sequence, "timeout")
+        self._next_deadline = min((sequence.deadline for sequence in self._all_open()), default=math.inf)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends an answer with what there is."""
+        self._guarded([sequence], partial(sequence.cancel, reason))
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._open.pop(sequence.id, None)
+        """Frees all that an ended sequence holds."""
+        self._scheduler.remove(sequence)
         self._runner.drop(sequence)
+        sequence.forget_pictures()
+        with self._lock:
+            self._open.pop(sequence.id, None)
+            if not self._open:
+                self._all_ended.notify_all()
 
 
 def _prepare(processor: Processor, request: Request, max_images: int) -> Prompt:
@@ -279,12 +344,25 @@ def _prepare(processor: Processor, request: Request, max_images: int) -> Prompt:
     return processor(request.messages, request.template, request.image_options)
 
 
-def _as_failure(error: BaseException) -> MlxvlmError:
-    if isinstance(error, MlxvlmError):
-        return error
-    failure = InternalError(f"{type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
+def _timeout(seconds: float | None) -> float | None:
+    if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
+        raise UsageError(f"timeout_s must be a number of seconds above 0, not {seconds!r}")
+    return seconds
+
+
+def _failure_of(work: Command) -> MlxvlmError | None:
+    """Runs some work of requests; the one place where an unexpected error is caught."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - the top of the engine thread
+        # Whoever keeps the error must not keep the arrays of its frames.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, MlxvlmError):
+            return error
+        failure = InternalError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+    return None
 
 
 def _stop(closing: threading.Event, commands: queue.SimpleQueue[Command], thread: threading.Thread) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlxvlm.engine import device
+from mlxvlm.engine.admission import Sizes
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.engine.sampler import Sampled, sample
 from mlxvlm.engine.sequence import Phase, Sequence
-from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.models.base import RowState, VisionLanguageModel
 
 # Pixels that go through the tower at once: 16 frames of 512 x 512 x 3. More saves little and costs memory.
 _VISION_BATCH = 16 * 512 * 512 * 3
+_FUSED_HEAD_DIMS = (64, 80, 128)  # for which Metal's attention over a chunk writes no scores; MLX's use_fallback
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,10 @@ class Step:
 class ModelRunner:
     """One model and the KV of its decoding rows."""
 
-    def __init__(self, model: VisionLanguageModel) -> None:
+    def __init__(self, model: VisionLanguageModel, prefill_chunk: int) -> None:
         self.model = model
         self.batch = KVBatch()
+        self.sizes = _sizes(model, prefill_chunk)
 
     def encode_images(self, sequence: Sequence) -> None:
         """One batch of a sequence's pictures through the tower; with the last, the prompt is embedded."""
@@ -83,9 +88,35 @@ class ModelRunner:
                 self.batch.remove(row.id)
         return Step(rows, sampled)
 
+    def attempt(self, sequence: Sequence, previous: Step | None) -> None:
+        """One step of one row alone that changes nothing; raises what a step of all rows raises on its account."""
+        group = self.batch.take(sequence.id)
+        inputs = self.model.embed_tokens(_last_tokens([sequence], previous), [sequence.state])
+        hidden = self.model(inputs, KVPass([group], 1).layers)
+        mx.eval(sample(self.model.logits(hidden[:, -1]), [copy(sequence.sampler)]).arrays)
+        self.batch.join(group)
+
     def drop(self, sequence: Sequence) -> None:
         """Forgets an ended sequence's keys and values."""
         self.batch.remove(sequence.id)
+
+
+def _sizes(model: VisionLanguageModel, prefill_chunk: int) -> Sizes:
+    embeds = model.embed_tokens(mx.zeros((1, 1), mx.uint32), [RowState()]).embeds  # never evaluated
+    hidden, head_dim = embeds.shape[-1], model.kv_specs[0].head_dim
+    is_fused = device.is_gpu() and head_dim in _FUSED_HEAD_DIMS
+    return Sizes(
+        kv_token=sum(spec.bytes_per_token(embeds.dtype) for spec in model.kv_specs),
+        num_layers=len(model.kv_specs),
+        hidden=hidden,
+        itemsize=embeds.dtype.size,
+        vocab_size=model.vocab_size,
+        score_heads=0 if is_fused else max(hidden // head_dim, 1),
+        # Only families whose rows hold more than their KV say how much.
+        state_bytes=getattr(model, "state_bytes", lambda prompt: 0),
+        prefill_chunk=prefill_chunk,
+        vision_batch=_VISION_BATCH,
+    )
 
 
 def _last_tokens(rows: Seq[Sequence], previous: Step | None) -> mx.array:
