@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from mlxvlm.engine.kv_cache import capacity_for, length_class
-from mlxvlm.errors import ContextLengthError, InputError, MemoryBudgetError
+from mlxvlm.errors import ContextLengthError, InputError, MemoryBudgetError, ModelError
 from mlxvlm.processors.base import Prompt
 
 ANSWER_STEP = 1024  # tokens that an answer without a limit reserves at a time
@@ -50,7 +50,12 @@ class Admission:
     """The budget, and who has reserved what of it. Of the engine thread."""
 
     def __init__(self, budget: int, base: int, sizes: Sizes) -> None:
-        """`base` bytes are taken for good: the weights, and caches up to their own limits."""
+        """`base` bytes are taken for good: the weights, and caches up to their own limits. Raises ModelError."""
+        if base >= budget:
+            raise ModelError(
+                f"the model takes {_size(base)}, but the memory budget is {_size(budget)}: raise max_memory_bytes, or "
+                "quantise the model (isq)"
+            )
         self.budget = budget
         self.base = base
         self._sizes = sizes

@@ -36,7 +36,6 @@ from mlxvlm.errors import (
     InputError,
     InternalError,
     MlxvlmError,
-    ModelError,
     OverloadedError,
     UsageError,
 )
@@ -89,7 +88,8 @@ class Engine:
         sampling = request.sampling or self.config.sampling
         sampling.check(self._vocab_size)
         stream = Stream(lambda: self._commands.put(partial(self._finish, sequence, "cancelled")))
-        sequence = Sequence(sampling, stream, _timeout(request.timeout_s or self.config.timeout_s))
+        timeout_s = self.config.timeout_s if request.timeout_s is None else request.timeout_s
+        sequence = Sequence(sampling, stream, _checked(timeout_s))
         with self._lock:
             if self._refusing:
                 raise EngineClosedError("the engine is closed")
@@ -171,24 +171,15 @@ class Engine:
             device.configure()
             self._runner = ModelRunner(build(report), self.config.prefill_chunk)
             self._vocab_size = self._runner.model.vocab_size
-            self._admission = self._admit_by_bytes()
+            budget = self.config.max_memory_bytes
+            budget = device.default_budget() if budget is None else budget
+            self._admission = Admission(budget, device.memory().active_bytes, self._runner.sizes)
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             self._loaded.set_exception(error)
             return False
         self._loaded.set_result(None)
         return True
-
-    def _admit_by_bytes(self) -> Admission:
-        budget = self.config.max_memory_bytes
-        budget = device.default_budget() if budget is None else budget
-        loaded = device.memory().active_bytes
-        if loaded >= budget:
-            raise ModelError(
-                f"the model takes {loaded} bytes, but the memory budget is {budget}: raise max_memory_bytes, or "
-                "quantise the model"
-            )
-        return Admission(budget, loaded, self._runner.sizes)
 
     def _shut_down(self) -> None:
         with self._lock:
@@ -245,9 +236,10 @@ class Engine:
             self._launch_without_culprits(rows, previous)
         if previous is not None:
             self._guarded(previous.rows, partial(self._deliver, previous))
+        on_their_way = owners if previous is None else owners | {row.id for row in previous.rows}
         for row in decoding:
             # Neither in the batch nor with its last token on the way: it would never end.
-            if not row.done and row not in rows and (previous is None or row not in previous.rows):
+            if row.id not in on_their_way:
                 self._fail([row], InternalError("the request has lost its keys and values"))
 
     def _launch(self, rows: list[Sequence], previous: Step | None) -> None:
@@ -344,7 +336,7 @@ def _prepare(processor: Processor, request: Request, max_images: int) -> Prompt:
     return processor(request.messages, request.template, request.image_options)
 
 
-def _timeout(seconds: float | None) -> float | None:
+def _checked(seconds: float | None) -> float | None:
     if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
         raise UsageError(f"timeout_s must be a number of seconds above 0, not {seconds!r}")
     return seconds

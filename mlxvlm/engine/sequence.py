@@ -129,7 +129,9 @@ class Sequence:
             self.stream.put(error)
 
     def forget_pictures(self) -> None:
-        """Pixels go now too; counts stay."""
+        """What is not prepared yet never is, and pixels go; counts stay."""
+        if self.preparing is not None:
+            self.preparing.cancel()
         self.prompt, self.preparing = Prompt(self.prompt.token_ids), None
 
     def _flush(self) -> str:
