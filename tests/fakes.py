@@ -160,3 +160,21 @@ class Gate:
     def __call__(self, x: mx.array) -> None:
         self.entered.set()
         assert self.opened.wait(30)
+
+
+def is_empty(engine: Engine) -> bool:
+    """Whether nothing of any request is left in an engine."""
+    stats = engine.stats()
+    held = (engine._open, engine._runner.batch.groups, engine._scheduler._passed, engine._pending)
+    return not any(held) and (stats.running, stats.waiting, stats.reserved_bytes) == (0, 0, 0)
+
+
+def look_at(picture: int, tail: Sequence[int], count: int) -> Request:
+    """A request whose prompt is a picture and `tail`."""
+    text = FakeTokenizer().decode(tail)
+    return Request([Message("user", (ImagePart(picture), TextPart(text)))], SamplingParams(max_tokens=count))
+
+
+def looked(picture: int, tail: Sequence[int], count: int) -> list[int]:
+    """The answer to look_at on paper."""
+    return answer([picture] * IMAGE_TOKENS + [0, *tail], count)

@@ -87,9 +87,11 @@ class Engine:
         """
         sampling = request.sampling or self.config.sampling
         sampling.check(self._vocab_size)
-        stream = Stream(lambda: self._commands.put(partial(self._finish, sequence, "cancelled")))
+        # By number: a stream must not keep what the engine has forgotten.
+        stream = Stream(lambda: self._commands.put(partial(self._cancel, number)))
         timeout_s = self.config.timeout_s if request.timeout_s is None else request.timeout_s
         sequence = Sequence(sampling, stream, _checked(timeout_s))
+        number = sequence.id
         with self._lock:
             if self._refusing:
                 raise EngineClosedError("the engine is closed")
@@ -156,6 +158,7 @@ class Engine:
                     self._drain()
                     failure = _failure_of(self._tick)
                     if failure is not None:
+                        self._pending = None
                         self._fail(self._all_open(), failure)
         finally:
             self._shut_down()
@@ -276,6 +279,7 @@ class Engine:
 
     def _prepared(self, sequence: Sequence, future: Future[Prompt]) -> None:
         """A prompt comes out of the pool, or the error of making it."""
+        sequence.preparing = None
         if not sequence.done:
             self._guarded([sequence], partial(self._begin, sequence, future))
 
@@ -310,6 +314,11 @@ class Engine:
                 self._finish(sequence, "timeout")
         self._next_deadline = min((sequence.deadline for sequence in self._all_open()), default=math.inf)
 
+    def _cancel(self, number: int) -> None:
+        sequence = self._open.get(number)
+        if sequence is not None:
+            self._finish(sequence, "cancelled")
+
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends an answer with what there is."""
         self._guarded([sequence], partial(sequence.cancel, reason))
@@ -319,7 +328,8 @@ class Engine:
         """Frees all that an ended sequence holds."""
         self._scheduler.remove(sequence)
         self._runner.drop(sequence)
-        sequence.forget_pictures()
+        if sequence.preparing is not None:
+            sequence.preparing.cancel()
         with self._lock:
             self._open.pop(sequence.id, None)
             if not self._open:
@@ -347,14 +357,21 @@ def _failure_of(work: Command) -> MlxvlmError | None:
     try:
         work()
     except Exception as error:  # noqa: BLE001 - the top of the engine thread
-        # Whoever keeps the error must not keep the arrays of its frames.
-        traceback.clear_frames(error.__traceback__)
+        text = traceback.format_exc()
+        _drop_frames(error)
         if isinstance(error, MlxvlmError):
             return error
         failure = InternalError(f"{type(error).__name__}: {error}")
-        failure.__cause__ = error
+        failure.add_note(text)
         return failure
     return None
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Whoever keeps an error must not keep the arrays of the frames that it went through, nor of their callers'."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _stop(closing: threading.Event, commands: queue.SimpleQueue[Command], thread: threading.Thread) -> None:

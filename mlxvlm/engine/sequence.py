@@ -51,7 +51,7 @@ class Sequence:
         self.submitted = time.perf_counter()
         self.prepared = self.started = self.first_token = 0.0
         self.deadline = math.inf if timeout_s is None else self.submitted + timeout_s
-        self.preparing: Future[Prompt] | None = None
+        self.preparing: Future[Prompt] | None = None  # until it is prepared
         self.prompt = Prompt(())
         self.image_tokens = 0
         self.token_ids: list[int] = []  # generated and delivered
@@ -127,12 +127,6 @@ class Sequence:
             self.phase = Phase.DONE
             self._release()
             self.stream.put(error)
-
-    def forget_pictures(self) -> None:
-        """What is not prepared yet never is, and pixels go; counts stay."""
-        if self.preparing is not None:
-            self.preparing.cancel()
-        self.prompt, self.preparing = Prompt(self.prompt.token_ids), None
 
     def _flush(self) -> str:
         text = self._stops.feed(self._detokenizer.flush())
