@@ -14,9 +14,9 @@ from mlxvlm.errors import ContextLengthError, InputError, MemoryBudgetError, Mod
 from mlxvlm.processors.base import Prompt
 
 ANSWER_STEP = 1024  # tokens that an answer without a limit reserves at a time
-# Estimates, in values of the model's type. A tower of 1,280 dims and patches of 14 x 14 x 3 holds about 16 of its
-# widths for each patch at once (22 with the layers that Llama 3.2 Vision keeps): 35 to 48 for each value of a pixel.
-_TOWER_VALUES = 48
+# Estimates, in values of the model's type. Measured on the CPU backend: the towers of CLIP-L, SigLIP-base and
+# SigLIP-so400m hold 31 to 58 values for each value of the pixels, 45 to 75 where attention writes its scores to memory.
+_TOWER_VALUES = 80
 _PREFILL_VALUES = 24  # for each value of the hidden states: residual, norm, attention's five, the MLP's 3 of 4 widths
 _SCORE_COPIES = 3  # scores, masked scores and probabilities, where attention writes them to memory
 _LOGITS_BYTES = 32  # for each logit: float32, with copies that are biased, scaled, ranked

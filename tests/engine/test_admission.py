@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine import admission, device, kv_cache, scheduler
 from mlxvlm.engine.admission import Admission, Need, Sizes
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
@@ -40,9 +43,9 @@ def test_what_a_row_needs() -> None:
     of_text = Admission(10**9, 0, sizes).need(Prompt((1,) * 9), 20)
     assert of_text == Need(28, 9 * 5 * 2 + 32 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 9) * 2)
     with_pictures = Prompt((1,) * 9, (picture(70), picture(60)))
-    assert Admission(10**9, 0, sizes).need(with_pictures, 1) == Need(9, 2 * 90 + 4 * 130 + 2000 + 352, 48 * 100 * 2)
+    assert Admission(10**9, 0, sizes).need(with_pictures, 1) == Need(9, 2 * 90 + 4 * 130 + 2000 + 352, 80 * 100 * 2)
     large = Prompt((1,) * 9, (picture(700),))
-    assert Admission(10**9, 0, sizes).need(large, 1).work == 48 * 700 * 2
+    assert Admission(10**9, 0, sizes).need(large, 1).work == 80 * 700 * 2
 
 
 def test_what_rows_need_together() -> None:
@@ -153,6 +156,25 @@ def test_no_more_is_allocated_than_is_reserved(layers: int) -> None:
         assert mx.get_peak_memory() - floor <= max(reserved)
         assert eventually(lambda: mx.get_active_memory() <= floor)
         assert engine.stats().reserved_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["idefics3_split", "llama4_norms", "llava_next_tiles", "mllama_tiles", "qwen2_vl_window"]
+)
+@pytest.mark.parametrize("scenario", ["two_images", "long_text"])
+def test_every_family_stays_below_what_is_reserved(name: str, scenario: str) -> None:
+    case = Case(GOLDENS / name)
+    source = case.open()
+    prompt = source.processor(case.messages(scenario), case.template)
+    config = EngineConfig(source.max_context, source.defaults.eos_token_ids)
+    with Engine(partial(source.build, LoadOptions("float32")), source.processor, config) as engine:
+        floor = mx.get_active_memory()
+        mx.reset_peak_memory()
+        sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+        engine.generate(Request(sampling=sampling, prompt=prompt))
+        peak = mx.get_peak_memory() - floor
+        rows = engine._admission
+        assert peak <= rows.bytes_of([rows.need(prompt, 20)])
 
 
 def budget_for(*needs: tuple[int, int]) -> int:
