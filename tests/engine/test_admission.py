@@ -108,6 +108,17 @@ def test_no_batch_outgrows_what_its_rows_pay_for(events: list[tuple[str, int, in
             assert 2 * batch.nbytes <= (rows.reserved if len(left) > 1 else high)
 
 
+def test_a_group_has_at_most_two_slots_a_row() -> None:
+    batch = KVBatch()
+    for number in range(9):
+        group = KVGroup.single([SPEC], number)
+        extend([group], 3)
+        batch.join(group)
+    for number in range(8):
+        batch.remove(number)
+        assert batch.groups[0]._slots <= 2 * len(batch.owners)
+
+
 def extend(groups: list[KVGroup], new: int) -> None:
     write(KVPass(groups, new), sum(len(group.owners) for group in groups), new)
 

@@ -138,6 +138,8 @@ def test_closing(phase: str, drain_s: float | None) -> None:
     for closer in closers:
         closer.start()
     assert eventually(stage.engine._closing.is_set)
+    time.sleep(0.02)
+    assert all(closer.is_alive() for closer in closers)  # neither returns while something runs
     stage.gate.opened.set()
     for closer in closers:
         closer.join(30)
@@ -159,6 +161,18 @@ def test_a_stream_keeps_nothing_of_what_has_ended() -> None:
         assert ids_of(stream.result()) == looked(7, [2], 4)
         assert eventually(lambda: kept() is None)
         stream.cancel()
+
+
+def test_a_prompt_that_took_long_keeps_nothing_either() -> None:
+    processor = Slow()
+    with fake_engine() as engine:
+        engine.processor = processor
+        stream = engine.submit(Request([Message("user", (TextPart("wait"),))]))
+        kept = weakref.ref(next(iter(engine._open.values())))
+        processor.gate.opened.set()
+        with pytest.raises(InputError):
+            stream.result()
+        assert eventually(lambda: kept() is None)
 
 
 @pytest.mark.parametrize("phase", PHASES)
