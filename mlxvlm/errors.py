@@ -45,6 +45,10 @@ class ContextLengthError(InputError):
     """The prompt does not fit into the model's context."""
 
 
+class MemoryBudgetError(InputError):
+    """The request needs more memory than the engine may use, whatever else runs."""
+
+
 class ModelError(MlxvlmError):
     """The model can't be loaded."""
 
@@ -77,7 +81,8 @@ class EngineClosedError(MlxvlmError):
     http_status = 503
 
 
-class CapacityError(MlxvlmError):
-    """More requests than the engine takes; try again later."""
+class OverloadedError(MlxvlmError):
+    """More requests wait than the engine takes; try again later."""
 
-    http_status = 429
+    http_status = 503
+    retry_after_s: ClassVar[int] = 2  # a hint; HTTP's Retry-After

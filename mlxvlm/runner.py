@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from mlxvlm.checkpoint.load import REQUANTIZE, LoadOptions, ModelSource, open_model
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 
 _CACHE, _MAC_CACHE = Path(".cache/mlxvlm/isq"), Path("Library/Caches/mlxvlm/isq")

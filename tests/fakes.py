@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import InputError
@@ -135,7 +136,9 @@ class FakeModel:
 
 def fake_engine(model: FakeModel | None = None, **settings: Any) -> Engine:
     """An engine over a FakeModel without a stop token."""
-    config = EngineConfig(**{"max_context": 4096, "eos_token_ids": frozenset(), **settings})
+    # Nothing is kept between requests unless a test wants it: what is allocated is then what requests hold.
+    caches = {"prefix_cache_bytes": 0, "feature_cache_bytes": 0}
+    config = EngineConfig(**{"max_context": 4096, "eos_token_ids": frozenset(), **caches, **settings})
     return Engine(lambda progress: model or FakeModel(), FakeProcessor(), config)
 
 
@@ -162,3 +165,21 @@ class Gate:
     def __call__(self, x: mx.array) -> None:
         self.entered.set()
         assert self.opened.wait(30)
+
+
+def is_empty(engine: Engine) -> bool:
+    """Whether nothing of any request is left in an engine."""
+    stats = engine.stats()
+    held = (engine._open, engine._runner.batch.groups, engine._scheduler._passed, engine._pending)
+    return not any(held) and (stats.running, stats.waiting, stats.reserved_bytes) == (0, 0, 0)
+
+
+def look_at(picture: int, tail: Sequence[int], count: int) -> Request:
+    """A request whose prompt is a picture and `tail`."""
+    text = FakeTokenizer().decode(tail)
+    return Request([Message("user", (ImagePart(picture), TextPart(text)))], SamplingParams(max_tokens=count))
+
+
+def looked(picture: int, tail: Sequence[int], count: int) -> list[int]:
+    """The answer to look_at on paper."""
+    return answer([picture] * IMAGE_TOKENS + [0, *tail], count)

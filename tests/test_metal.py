@@ -6,7 +6,8 @@ import pytest
 
 from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine import device
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from tests.golden import Case

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mlxvlm.checkpoint.load import LoadOptions
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine import kv_cache
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Completion, Request
 from mlxvlm.engine.stream import Stream

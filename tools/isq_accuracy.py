@@ -17,7 +17,8 @@ from demo_data import HELD_OUT_SEEDS, Mix, ask_one, make_row
 from mlx.utils import tree_flatten
 
 from mlxvlm.checkpoint.load import LoadOptions, open_model
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Completion, Request
 from mlxvlm.messages import user

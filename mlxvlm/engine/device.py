@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import mlx.core as mx
 
+_MEMORY_SHARE = 0.8  # of physical memory, where the device recommends nothing
 _CACHE_SHARE = 0.05  # of the working set: freed buffers that MLX may keep for reuse
 _BETWEEN_REQUESTS_SHARE = 0.25  # of free memory: keys, values and features that the next request may need
-_BETWEEN_REQUESTS_ON_CPU = 256 << 20  # bytes; that backend is for tests and trials, and does not tell its memory
+_BETWEEN_REQUESTS_ON_CPU = 256 << 20  # bytes; that backend is for tests and trials
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,17 @@ def memory() -> MemoryReport:
     return MemoryReport(mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory())
 
 
-def cache_budget() -> int:
-    """Bytes that may be kept between requests; called when the model is loaded."""
-    working_set = report().working_set_bytes if is_gpu() else 0
-    if not working_set:
-        return _BETWEEN_REQUESTS_ON_CPU
-    return int(max(working_set - mx.get_active_memory(), 0) * _BETWEEN_REQUESTS_SHARE)
+def cache_budget(free_bytes: int) -> int:
+    """Bytes of so many free ones that may be kept between requests."""
+    share = int(max(free_bytes, 0) * _BETWEEN_REQUESTS_SHARE)
+    return share if is_gpu() else min(share, _BETWEEN_REQUESTS_ON_CPU)
+
+
+def default_budget() -> int:
+    """Bytes that MLX may use: what macOS recommends, elsewhere 4/5 of the machine's memory."""
+    info = report()
+    physical = info.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return info.working_set_bytes or int(physical * _MEMORY_SHARE)
 
 
 def configure() -> None:

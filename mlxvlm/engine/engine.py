@@ -1,72 +1,46 @@
 """One thread that owns MLX: it loads a model and answers requests from any thread. Knows no family and no door.
 
 Each tick: commands, one decode step of all rows, then one batch of images or one prefill chunk. A decode step is
-started before the one before it is read, so the device never waits for Python.
+started before the one before it is read, so the device never waits for Python. docs/engine.md has it on one screen.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
-from hashlib import sha256
-from pathlib import Path
 from typing import TypeAlias
 
 import mlx.core as mx
 
-from mlxvlm.engine import device
-from mlxvlm.engine.block_files import BlockFiles
+from mlxvlm.engine import admission, device
+from mlxvlm.engine.admission import Admission
+from mlxvlm.engine.caches import make_caches
+from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.constraints import Constraints
-from mlxvlm.engine.feature_cache import FeatureCache
-from mlxvlm.engine.params import SamplingParams
-from mlxvlm.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
-from mlxvlm.engine.request import Completion, Request
+from mlxvlm.engine.failures import failure_of
+from mlxvlm.engine.request import Completion, FinishReason, Request
 from mlxvlm.engine.runner import ModelRunner, Step
 from mlxvlm.engine.sampler import read
 from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
-from mlxvlm.engine.stats import EngineStats
+from mlxvlm.engine.stats import CacheStats, EngineStats
 from mlxvlm.engine.stream import Stream
-from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, MlxvlmError, UsageError
-from mlxvlm.models.base import KVSpec, VisionLanguageModel
+from mlxvlm.errors import EngineClosedError, InputError, InternalError, MlxvlmError, OverloadedError, UsageError
+from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.processors.base import Processor, Prompt, check_messages
 
 Command: TypeAlias = Callable[[], None]
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
+_LONGEST_SLEEP_S = 3600.0  # for a command; much more is too much for the system's clock
 Build: TypeAlias = Callable[[Progress], VisionLanguageModel]
-
-# Of what both caches get. A picture's features take a 64th (LLaVA-1.5) to an eighth (Qwen2-VL-7B) of its keys and
-# values, but serve for longer; cross-attention families have little else of a picture.
-_FEATURE_SHARE = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What the engine must know beside the model. Token counts."""
-
-    max_context: int
-    eos_token_ids: frozenset[int]
-    sampling: SamplingParams = field(default_factory=SamplingParams)  # of requests that bring none
-    max_rows: int = 16
-    prefill_chunk: int = 2048
-    prefill_chunk_while_decoding: int = 256  # a long prompt must not stall running streams
-    max_images: int = 64  # of one request
-    num_workers: int = 2  # threads that prepare prompts and images
-    # Kept between requests; None: what device.cache_budget() gives both together. 0: nothing.
-    prefix_cache_bytes: int | None = None
-    feature_cache_bytes: int | None = None
-    prefix_block_tokens: int = BLOCK_TOKENS  # of which only whole ones are kept
-    # Blocks that were used twice are kept here too, for the next start of the same model: model_id must tell
-    # checkpoint, revision, quantisation and dtype.
-    prefix_cache_dir: Path | None = None
-    prefix_cache_dir_bytes: int = 10 << 30
-    model_id: str = ""
 
 
 class Engine:
@@ -81,10 +55,13 @@ class Engine:
         self.config = config
         self.processor = processor
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._scheduler = Scheduler(config.max_rows)
         self._open: dict[int, Sequence] = {}  # every sequence that has not ended
-        self._lock = threading.Lock()  # nothing opens once closing has begun
+        self._lock = threading.Lock()  # around what is open, and whether more may be
+        self._all_ended = threading.Condition(self._lock)
+        self._refusing = False
         self._pending: Step | None = None
+        self._next_deadline = math.inf
+        self._steps = self._generated = 0
         self._closing = threading.Event()
         self._loaded: Future[None] = Future()
         self._pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="mlxvlm-prepare")
@@ -99,16 +76,27 @@ class Engine:
             raise
 
     def submit(self, request: Request) -> Stream:
-        """Starts a request. Raises UsageError for a bad parameter; all later errors come through the stream."""
+        """Starts a request; all errors but these come through the stream.
+
+        Raises UsageError for a bad parameter, OverloadedError when too many requests wait, EngineClosedError.
+        """
         sampling = request.sampling or self.config.sampling
         sampling.check(self._vocab_size)
-        stream = Stream(lambda: self._commands.put(partial(self._cancel, sequence)))
-        sequence = Sequence(sampling, stream)
+        # By number: a stream must not keep what the engine has forgotten.
+        stream = Stream(lambda: self._commands.put(partial(self._cancel, number)))
+        timeout_s = self.config.timeout_s if request.timeout_s is None else request.timeout_s
+        sequence = Sequence(sampling, stream, _checked(timeout_s))
+        number = sequence.id
         with self._lock:
-            if self._closing.is_set():
+            if self._refusing:
                 raise EngineClosedError("the engine is closed")
+            if len(self._open) - self._scheduler.num_running >= self.config.max_queue:
+                raise OverloadedError(f"{self.config.max_queue} requests are waiting, which is the limit: try again")
             self._open[sequence.id] = sequence
             prepared = self._pool.submit(self._prepare, sequence, request)
+        sequence.preparing = prepared
+        if sequence.deadline < math.inf:
+            self._commands.put(partial(self._watch, sequence))
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
         return stream
 
@@ -121,16 +109,38 @@ class Engine:
         return device.memory()
 
     def stats(self) -> EngineStats:
-        """Counters of the caches; zeros once the engine is closed."""
+        """How much runs, waits, is reserved and is kept; callable from any thread."""
         runner: ModelRunner | None = self.__dict__.get("_runner")
-        return EngineStats() if runner is None else runner.stats()
+        running, budget = self._scheduler.num_running, self._admission
+        return EngineStats(
+            running=running,
+            waiting=max(len(self._open) - running, 0),
+            budget_bytes=budget.budget,
+            model_bytes=budget.base,
+            reserved_bytes=budget.reserved,
+            steps=self._steps,
+            generated_tokens=self._generated,
+            prefix_cache=CacheStats() if runner is None else runner.prefixes.stats(),
+            feature_cache=CacheStats() if runner is None else runner.features.stats(),
+            encoded_images=0 if runner is None else runner.encoded_images,
+        )
 
-    def close(self) -> None:
-        """Ends every request with EngineClosedError, frees the model and waits for the thread."""
+    def close(self, drain_s: float | None = None) -> None:
+        """Takes no more requests, gives those that run `drain_s` seconds, ends the rest with EngineClosedError.
+
+        Returns when memory is free and no thread is left; a picture that is being fetched is waited for.
+        """
         with self._lock:
-            self._closing.set()
+            self._refusing = True
+            if drain_s is not None:
+                self._all_ended.wait_for(lambda: not self._open, drain_s)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._finalizer()
+        self._thread.join()  # also where another thread closes at the same time
+        self._pool.shutdown()
+        with suppress(queue.Empty):  # what nobody will run holds on to prompts
+            while True:
+                self._commands.get_nowait()
 
     def __enter__(self) -> Engine:
         return self
@@ -142,7 +152,13 @@ class Engine:
         """Runs in the pool."""
         if sequence.sampling.grammar is not None:
             sequence.constraint = self._constraints.compile(sequence.sampling.grammar)
-        return _prepare(self.processor, request, self.config.max_images)
+        if request.prompt is not None:
+            return request.prompt
+        check_messages(request.messages)
+        num_images, limit = sum(len(message.images) for message in request.messages), self.config.max_images
+        if num_images > limit:
+            raise InputError(f"the request has {num_images} images, but the limit is {limit}: send fewer")
+        return self.processor(request.messages, request.template, request.image_options)
 
     # Everything below runs on the engine thread.
 
@@ -151,7 +167,10 @@ class Engine:
             if self._load(build, progress):
                 while not self._closing.is_set():
                     self._drain()
-                    self._tick()
+                    failure = failure_of(self._tick)
+                    if failure is not None:
+                        self._pending = None
+                        self._fail(self._all_open(), failure)
         finally:
             self._shut_down()
 
@@ -165,9 +184,15 @@ class Engine:
         try:
             device.configure()
             model = build(report)
-            self._runner = ModelRunner(model, *_caches(self.config, model.kv_specs))
-            self._vocab_size = self._runner.model.vocab_size
+            budget = self.config.max_memory_bytes
+            budget = device.default_budget() if budget is None else budget
+            used = device.memory().active_bytes
+            caches = make_caches(self.config, model.kv_specs, budget - used)
+            self._runner = ModelRunner(model, *caches, self.config.prefill_chunk)
+            self._vocab_size = model.vocab_size
             self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
+            self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), self._runner.sizes)
+            self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             self._loaded.set_exception(error)
             return False
@@ -176,10 +201,9 @@ class Engine:
 
     def _shut_down(self) -> None:
         with self._lock:
+            self._refusing = True
             self._closing.set()
-        for sequence in list(self._open.values()):
-            sequence.fail(EngineClosedError("the engine was closed"))
-        self._open.clear()
+        self._fail(self._all_open(), EngineClosedError("the engine was closed"))
         self._pending = None
         runner: ModelRunner | None = self.__dict__.pop("_runner", None)
         if runner is not None:
@@ -191,48 +215,74 @@ class Engine:
         mx.clear_streams()
 
     def _drain(self) -> None:
-        """Runs waiting commands; sleeps when there is nothing else to do."""
+        """Runs waiting commands; sleeps until the next deadline when there is nothing else to do."""
         idle = not self._scheduler.is_busy and self._pending is None
-        try:
+        left = min(max(self._next_deadline - time.perf_counter(), 0.0), _LONGEST_SLEEP_S)
+        with suppress(queue.Empty):
             while True:
-                self._commands.get(block=idle)()
+                self._commands.get(block=idle, timeout=left if self._next_deadline < math.inf else None)()
                 idle = False
-        except queue.Empty:
-            return
 
     def _tick(self) -> None:
+        self._expire()
+        self._scheduler.grow()
         self._scheduler.admit()
         decoding = self._scheduler.decoding
         self._decode(decoding)
         unit = self._scheduler.next_unit()
         if unit is not None:
             self._guarded([unit], partial(self._advance, unit, bool(decoding)))
-        self._scheduler.admit()
 
-    def _guarded(self, sequences: Seq[Sequence], work: Callable[[], None]) -> None:
-        """The one place where an unexpected error becomes the error of the requests it belongs to."""
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001 - the top of the engine thread
-            failure = _as_failure(error)
-            for sequence in sequences:
-                sequence.fail(failure)
-                self._forget(sequence)
+    def _guarded(self, sequences: Seq[Sequence], work: Command) -> bool:
+        """Whether work is done; an unexpected error becomes the error of the requests that it belongs to."""
+        failure = failure_of(work)
+        if failure is not None:
+            self._fail(sequences, failure)
+        return failure is None
+
+    def _fail(self, sequences: Seq[Sequence], failure: MlxvlmError) -> None:
+        for sequence in sequences:
+            sequence.fail(failure)
+            self._forget(sequence)
+
+    def _all_open(self) -> list[Sequence]:
+        with self._lock:
+            return list(self._open.values())
 
     def _decode(self, decoding: list[Sequence]) -> None:
         """Starts a step, then reads the one before: some of its rows may have had their last in it."""
         previous, self._pending = self._pending, None
         owners = set(self._runner.batch.owners)
-        if owners:
-            rows = [sequence for sequence in decoding if sequence.id in owners]
-            self._guarded(rows, partial(self._launch, rows, previous))
+        rows = [sequence for sequence in decoding if sequence.id in owners]
+        if rows and failure_of(partial(self._launch, rows, previous)):
+            self._launch_without_culprits(rows, previous)
+        self._retire()
         if previous is not None:
             self._guarded(previous.rows, partial(self._deliver, previous))
         if self._pending is not None and self._pending.sampled is None:
             self._guarded(self._pending.rows, self._choose)
+        on_their_way = owners if previous is None else owners | {row.id for row in previous.rows}
+        for row in decoding:
+            # Neither in the batch nor with its last token on the way: it would never end.
+            if row.id not in on_their_way:
+                self._fail([row], InternalError("the request has lost its keys and values"))
 
     def _launch(self, rows: list[Sequence], previous: Step | None) -> None:
         self._pending = self._runner.decode(rows, previous)
+        self._steps += 1
+
+    def _launch_without_culprits(self, rows: list[Sequence], previous: Step | None) -> None:
+        """A step has failed: rows that also fail alone end, the others get the step once more."""
+        rest = [row for row in rows if self._guarded([row], partial(self._runner.attempt, row, previous))]
+        if rest:
+            self._guarded(rest, partial(self._launch, rest, previous))
+
+    def _retire(self) -> None:
+        """Rows whose last token is on its way leave the batch. What is kept of them may bring the step's own error."""
+        step = self._pending
+        for row in [] if step is None else step.rows:
+            if step is not None and row.launched >= row.max_tokens:
+                self._guarded(step.rows, partial(self._runner.drop, row))
 
     def _choose(self) -> None:
         """Samples a step that waited for the tokens before it: the device has its forward pass to do meanwhile."""
@@ -242,8 +292,7 @@ class Engine:
         masks = self._constraints.masks(rows) if any(rows) else None
         for row in step.rows:
             if row.constraint is not None and row.constraint.error is not None:
-                row.fail(InputError(row.constraint.error))
-                self._forget(row)
+                self._fail([row], InputError(row.constraint.error))
         self._pending = self._runner.choose(step, masks)
 
     def _deliver(self, step: Step) -> None:
@@ -254,11 +303,11 @@ class Engine:
             if row.done:
                 continue
             if is_bad:
-                row.fail(InternalError("the model produced NaN for this request"))
-            else:
-                row.accept(token_id, logprob)
-            if row.done:
-                self._forget(row)
+                self._fail([row], InternalError("the model produced NaN for this request"))
+            elif self._guarded([row], partial(row.accept, token_id, logprob)):
+                self._generated += 1
+                if row.done:
+                    self._forget(row)
 
     def _advance(self, sequence: Sequence, is_decoding: bool) -> None:
         if not sequence.started:
@@ -275,90 +324,69 @@ class Engine:
 
     def _prepared(self, sequence: Sequence, future: Future[Prompt]) -> None:
         """A prompt comes out of the pool, or the error of making it."""
-        if sequence.done:
-            return
-        error = EngineClosedError("the engine was closed") if future.cancelled() else future.exception()
-        if error is None:
-            error = self._unfit(future.result())
-        if error is not None:
-            sequence.fail(_as_failure(error))
-            self._forget(sequence)
-        else:
-            self._guarded([sequence], partial(self._begin, sequence, future.result()))
+        sequence.preparing = None
+        if not sequence.done:
+            self._guarded([sequence], partial(self._begin, sequence, future))
 
-    def _begin(self, sequence: Sequence, prompt: Prompt) -> None:
-        room = self.config.max_context - len(prompt.token_ids)
-        max_tokens = min(sequence.sampling.max_tokens or room, room)
-        sequence.begin(prompt, self.processor, max_tokens, self.config.eos_token_ids)
+    def _begin(self, sequence: Sequence, future: Future[Prompt]) -> None:
+        if future.cancelled():
+            raise EngineClosedError("the engine was closed")
+        prompt = future.result()
+        config = self.config
+        admission.check(prompt, self.processor.image_token_id, self._vocab_size, config.max_context)
+        room = config.max_context - len(prompt.token_ids)
+        wanted = sequence.sampling.max_tokens
+        max_tokens = min(admission.ANSWER_STEP if wanted is None else wanted, room)
+        need = self._admission.need(prompt, max_tokens)
+        self._admission.check(need)
+        pixels = sum(int(image.pixels.nbytes) for image in prompt.images)
+        if self._scheduler.queued_bytes and self._scheduler.queued_bytes + pixels > config.max_queue_bytes:
+            raise OverloadedError("the pictures of waiting requests fill the queue: try again")
+        sequence.begin(prompt, self.processor, max_tokens, config.eos_token_ids)
+        sequence.need, sequence.longest = need, room if wanted is None else max_tokens
         self._scheduler.add(sequence)
 
-    def _unfit(self, prompt: Prompt) -> MlxvlmError | None:
-        """Why a prompt can't be answered, None if it can."""
-        length, limit = len(prompt.token_ids), self.config.max_context
-        if not length:
-            return InputError("the prompt is empty")
-        # MLX reads beyond an embedding's end without a word. A placeholder's own row is never used.
-        foreign = {i for i in prompt.token_ids if not 0 <= i < self._vocab_size} - {self.processor.image_token_id}
-        if foreign:
-            return InputError(
-                f"the prompt has token id {min(foreign)}, but the model's vocabulary ends at {self._vocab_size}: "
-                "the tokenizer is not this model's"
-            )
-        if length >= limit:
-            images = prompt.token_ids.count(self.processor.image_token_id) if prompt.images else 0
-            of_images = f" ({images} of them for images)" if images else ""
-            return ContextLengthError(
-                f"the prompt has {length} tokens{of_images}, but the model's context is {limit}: "
-                "shorten it or send fewer images"
-            )
-        if prompt.images and prompt.images[-1].span[1] == length:
-            # Decoding starts from the last token's own embedding.
-            return InputError("the prompt ends with an image: the chat template must add text after it")
-        return None
+    def _watch(self, sequence: Sequence) -> None:
+        self._next_deadline = min(self._next_deadline, sequence.deadline)
 
-    def _cancel(self, sequence: Sequence) -> None:
-        sequence.cancel()
+    def _expire(self) -> None:
+        """Ends what is out of time, in whatever phase it is."""
+        now = time.perf_counter()
+        if now < self._next_deadline:
+            return
+        for sequence in self._all_open():
+            if sequence.deadline <= now:
+                self._finish(sequence, "timeout")
+        self._next_deadline = min((sequence.deadline for sequence in self._all_open()), default=math.inf)
+
+    def _cancel(self, number: int) -> None:
+        sequence = self._open.get(number)
+        if sequence is not None:
+            self._finish(sequence, "cancelled")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends an answer with what there is."""
+        self._guarded([sequence], partial(sequence.cancel, reason))
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._open.pop(sequence.id, None)
+        """Frees all that an ended sequence holds."""
+        self._scheduler.remove(sequence)
         # Keeping its keys and values waits for the step under way, and may be where that step's error shows.
         under_way = [] if self._pending is None else self._pending.rows
         self._guarded(under_way, partial(self._runner.drop, sequence))
+        if sequence.preparing is not None:
+            sequence.preparing.cancel()
+        with self._lock:
+            self._open.pop(sequence.id, None)
+            if not self._open:
+                self._all_ended.notify_all()
 
 
-def _caches(config: EngineConfig, specs: Seq[KVSpec]) -> tuple[PrefixCache, FeatureCache]:
-    """Made when the model is loaded, as they share what it leaves free."""
-    files, root = None, sha256(repr((1, config.model_id, list(specs))).encode()).digest()
-    if config.prefix_cache_dir is not None:
-        if not config.model_id:
-            raise UsageError("prefix_cache_dir needs a model_id: models that share files must be told apart")
-        files = BlockFiles(config.prefix_cache_dir, config.prefix_cache_dir_bytes)
-    budget = device.cache_budget()
-    of_features = int(budget * _FEATURE_SHARE)
-    prefixes, features = config.prefix_cache_bytes, config.feature_cache_bytes
-    return (
-        PrefixCache(budget - of_features if prefixes is None else prefixes, config.prefix_block_tokens, root, files),
-        FeatureCache(of_features if features is None else features),
-    )
-
-
-def _prepare(processor: Processor, request: Request, max_images: int) -> Prompt:
-    if request.prompt is not None:
-        return request.prompt
-    check_messages(request.messages)
-    num_images = sum(len(message.images) for message in request.messages)
-    if num_images > max_images:
-        raise InputError(f"the request has {num_images} images, but the limit is {max_images}: send fewer")
-    return processor(request.messages, request.template, request.image_options)
-
-
-def _as_failure(error: BaseException) -> MlxvlmError:
-    if isinstance(error, MlxvlmError):
-        return error
-    failure = InternalError(f"{type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
+def _checked(seconds: float | None) -> float | None:
+    if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
+        raise UsageError(f"timeout_s must be a number of seconds above 0, not {seconds!r}")
+    return seconds
 
 
 def _stop(closing: threading.Event, commands: queue.SimpleQueue[Command], thread: threading.Thread) -> None:

@@ -110,7 +110,8 @@ class KVGroup:
             self.owners[slot], self.lengths[slot] = self.owners[last], self.lengths[last]
         self.owners.pop()
         self.lengths.pop()
-        if self.owners and 4 * len(self.owners) <= self._slots:
+        # Never more than two slots a row: admission counts on it.
+        if self.owners and 2 * len(self.owners) < self._slots:
             self._resize(self._slots // 2, self._capacity)
 
     def take(self, owner: int) -> KVGroup:
@@ -319,6 +320,12 @@ class KVBatch:
             if owner in group.owners:
                 group.remove(owner)
         self._drop_empty()
+
+    def take(self, owner: int) -> KVGroup:
+        """A row as a group of its own, removed from here."""
+        row = next(group for group in self.groups if owner in group.owners).take(owner)
+        self._drop_empty()
+        return row
 
     def forward(self) -> KVPass:
         """A decode step of all rows; rows that outgrew their group change it first."""

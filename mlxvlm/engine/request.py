@@ -10,7 +10,7 @@ from mlxvlm.engine.params import SamplingParams
 from mlxvlm.messages import ImageOptions, Message
 from mlxvlm.processors.base import AS_THE_CHECKPOINT, Prompt
 
-FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Request:
 
     sampling: None for what the checkpoint itself says. template: extra variables for its chat template.
     image_options: how its pictures are resized, for models that let a request choose.
+    timeout_s: the answer ends after so many seconds with what there is, finish_reason "timeout"; None for the engine's.
     prompt: for callers that have run the processor themselves; the messages are then not looked at.
     """
 
@@ -26,6 +27,7 @@ class Request:
     sampling: SamplingParams | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
     image_options: ImageOptions = AS_THE_CHECKPOINT
+    timeout_s: float | None = None
     prompt: Prompt | None = field(default=None, repr=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,17 +11,19 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlxvlm.engine import device
+from mlxvlm.engine.admission import Sizes
 from mlxvlm.engine.feature_cache import FeatureCache
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.engine.prefix_cache import PrefixCache
 from mlxvlm.engine.sampler import Sampled, sample
 from mlxvlm.engine.sequence import Phase, Sequence
-from mlxvlm.engine.stats import EngineStats
-from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.models.base import RowState, VisionLanguageModel
 from mlxvlm.processors.base import PreparedImage
 
 # Pixels that go through the tower at once: 16 frames of 512 x 512 x 3. More saves little and costs memory.
 _VISION_BATCH = 16 * 512 * 512 * 3
+_FUSED_HEAD_DIMS = (64, 80, 128)  # for which Metal's attention over a chunk writes no scores; MLX's use_fallback
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,15 @@ class ModelRunner:
     """One model, the KV of its decoding rows, and what it keeps of earlier requests."""
 
     def __init__(
-        self, model: VisionLanguageModel, prefixes: PrefixCache | None = None, features: FeatureCache | None = None
+        self,
+        model: VisionLanguageModel,
+        prefixes: PrefixCache | None = None,
+        features: FeatureCache | None = None,
+        prefill_chunk: int = 2048,
     ) -> None:
         self.model = model
         self.batch = KVBatch()
+        self.sizes = _sizes(model, prefill_chunk)
         self.prefixes = prefixes or PrefixCache(0)
         self.features = features or FeatureCache(0)
         self.encoded_images = 0
@@ -150,8 +158,6 @@ class ModelRunner:
         forward.commit()
         for row in rows:
             row.launched += 1
-            if row.launched >= row.max_tokens:
-                self.drop(row)
         return step
 
     def choose(self, step: Step, masks: NDArray[np.uint32] | None = None) -> Step:
@@ -160,6 +166,14 @@ class ModelRunner:
         sampled = sample(step.logits, [row.sampler for row in step.rows], masks)
         mx.async_eval(*sampled.arrays)
         return replace(step, sampled=sampled, logits=None)
+
+    def attempt(self, sequence: Sequence, previous: Step | None) -> None:
+        """One step of one row alone that changes nothing; raises what a step of all rows raises on its account."""
+        group = self.batch.take(sequence.id)
+        inputs = self.model.embed_tokens(_last_tokens([sequence], previous), [sequence.state])
+        hidden = self.model(inputs, KVPass([group], 1).layers)
+        mx.eval(sample(self.model.logits(hidden[:, -1]), [copy(sequence.sampler)]).arrays)
+        self.batch.join(group)
 
     def drop(self, sequence: Sequence) -> None:
         """A row's end: its keys and values leave the batch, and what they are worth is kept unless it failed."""
@@ -172,8 +186,23 @@ class ModelRunner:
         finally:
             self.batch.remove(sequence.id)
 
-    def stats(self) -> EngineStats:
-        return EngineStats(self.prefixes.stats(), self.features.stats(), self.encoded_images)
+
+def _sizes(model: VisionLanguageModel, prefill_chunk: int) -> Sizes:
+    embeds = model.embed_tokens(mx.zeros((1, 1), mx.uint32), [RowState()]).embeds  # never evaluated
+    hidden, head_dim = embeds.shape[-1], model.kv_specs[0].head_dim
+    is_fused = device.is_gpu() and head_dim in _FUSED_HEAD_DIMS
+    return Sizes(
+        kv_token=sum(spec.bytes_per_token(embeds.dtype) for spec in model.kv_specs),
+        num_layers=len(model.kv_specs),
+        hidden=hidden,
+        itemsize=embeds.dtype.size,
+        vocab_size=model.vocab_size,
+        score_heads=0 if is_fused else max(hidden // head_dim, 1),
+        # Only families whose rows hold more than their KV say how much.
+        state_bytes=getattr(model, "state_bytes", lambda prompt: 0),
+        prefill_chunk=prefill_chunk,
+        vision_batch=_VISION_BATCH,
+    )
 
 
 def _last_tokens(rows: Seq[Sequence], previous: Step | None) -> mx.array:

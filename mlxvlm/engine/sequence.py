@@ -6,12 +6,15 @@ A request (what came in) becomes a sequence here and a row (index in a batch) wh
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from enum import Enum, auto
 
 import mlx.core as mx
 
+from mlxvlm.engine.admission import Need
 from mlxvlm.engine.constraints import Constraint
 from mlxvlm.engine.detokenizer import Detokenizer
 from mlxvlm.engine.kv_cache import KVGroup
@@ -23,6 +26,8 @@ from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import MlxvlmError
 from mlxvlm.models.base import Inputs, RowState
 from mlxvlm.processors.base import Processor, Prompt
+
+_PATCH_VALUES = 14 * 14 * 3  # pixel values that cost a tower about what a token costs the decoder
 
 
 class Phase(Enum):
@@ -40,13 +45,15 @@ class Sequence:
 
     _ids = itertools.count()
 
-    def __init__(self, sampling: SamplingParams, stream: Stream) -> None:
+    def __init__(self, sampling: SamplingParams, stream: Stream, timeout_s: float | None = None) -> None:
         self.id = next(self._ids)
         self.sampling = sampling
         self.stream = stream
         self.phase = Phase.PREPARING
         self.submitted = time.perf_counter()
         self.prepared = self.started = self.first_token = 0.0
+        self.deadline = math.inf if timeout_s is None else self.submitted + timeout_s
+        self.preparing: Future[Prompt] | None = None  # until it is prepared
         self.prompt = Prompt(())
         self.constraint: Constraint | None = None
         self.image_tokens = 0
@@ -55,7 +62,7 @@ class Sequence:
         self.token_ids: list[int] = []  # generated and delivered
 
     def begin(self, prompt: Prompt, processor: Processor, max_tokens: int, eos: frozenset[int]) -> None:
-        """The prompt is ready: everything that generating needs is set up."""
+        """The prompt is ready: everything that generating needs is set up. A limit may be raised while it runs."""
         sampling = self.sampling
         self.prompt = prompt
         self.image_tokens = prompt.token_ids.count(processor.image_token_id) if prompt.images else 0
@@ -67,7 +74,8 @@ class Sequence:
         self.kv: KVGroup | None = None  # its own until it joins the batch
         self.prefilled = 0
         self.launched = 0  # sampled on the device, read or not
-        self.max_tokens = max_tokens
+        self.max_tokens = self.longest = max_tokens  # memory is reserved for the first, the second is what may come
+        self.need = Need(0, 0, 0)
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
         self.sampler = RowSampler(sampling, prompt.token_ids, self.token_ids, processor.tokenizer.decode)
         self._detokenizer = Detokenizer(processor.tokenizer.decode)
@@ -93,6 +101,17 @@ class Sequence:
         """All but the last prompt token, which is the first that decode reads."""
         return len(self.prompt.token_ids) - 1
 
+    @property
+    def pixel_bytes(self) -> int:
+        return sum(int(image.pixels.nbytes) for image in self.prompt.images)
+
+    @property
+    def work_left(self) -> int:
+        """Tokens to prefill, and pictures to encode counted as so many tokens."""
+        waiting = self.needed if self.phase is Phase.VISION else ()
+        images = [self.prompt.images[index] for index in waiting if self.features[index] is None]
+        return self.prefill_length - self.prefilled + sum(image.pixels.size for image in images) // _PATCH_VALUES
+
     def accept(self, token_id: int, logprob: TokenLogprob | None) -> None:
         """Takes one sampled token: passes its text on, or ends the answer."""
         if not self.token_ids:
@@ -110,10 +129,10 @@ class Sequence:
         else:
             self.stream.put(Delta(text, (token_id,), logprobs))
 
-    def cancel(self) -> None:
+    def cancel(self, reason: FinishReason = "cancelled") -> None:
         """Ends the answer with what there is."""
         if not self.done:
-            self._end("cancelled", self._flush() if self.token_ids else "", (), ())
+            self._end(reason, self._flush() if self.token_ids else "", (), ())
 
     def fail(self, error: MlxvlmError) -> None:
         """Ends the request with an error of its own."""

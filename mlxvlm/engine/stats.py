@@ -1,4 +1,4 @@
-"""What an engine has counted since it was made. Plain values: no MLX, no threads."""
+"""What an engine can tell about itself. Plain values: no MLX, no threads."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """encoded_images: pictures that went through the vision tower."""
+    """A moment of an engine; totals count from its start. The caches' counters are zeros once it is closed."""
 
+    running: int = 0  # requests with a row: vision, prefill or decode
+    waiting: int = 0  # requests that are prepared or wait for a row
+    budget_bytes: int = 0
+    model_bytes: int = 0  # of the budget: what was in use when the model was loaded, and the caches' limits
+    reserved_bytes: int = 0  # of the budget: the worst case of all rows
+    steps: int = 0  # decode steps
+    generated_tokens: int = 0
     prefix_cache: CacheStats = CacheStats()
     feature_cache: CacheStats = CacheStats()
-    encoded_images: int = 0
+    encoded_images: int = 0  # pictures that went through the vision tower

@@ -100,7 +100,10 @@ Features: TypeAlias = Sequence[mx.array | None]
 
 
 class VisionLanguageModel(Protocol):
-    """A family's model. Holds weights only: everything of a request lives on its Sequence."""
+    """A family's model. Holds weights only: everything of a request lives on its Sequence.
+
+    One whose RowState holds arrays also has `state_bytes(prompt) -> int`: what they take, and what they are made from.
+    """
 
     kv_specs: Sequence[KVSpec]
     vocab_size: int

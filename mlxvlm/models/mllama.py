@@ -6,6 +6,7 @@ before the first picture the authors' llama-models `CrossAttentionTransformerBlo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -441,6 +442,14 @@ class Model(nn.Module):
             )
             for image in images
         ]
+
+    def state_bytes(self, prompt: Prompt) -> int:
+        """Of a row's VisionStates, and of the states that they are made from."""
+        text, language = self._config.text, self.language_model.model
+        states = sum(math.prod(image.layout) for image in prompt.images) * self._config.vision.num_patches
+        per_layer = 2 * text.num_key_value_heads * text.head_dim
+        values = per_layer * len(language.cross_layers) + text.hidden_size
+        return states * values * int(language.norm.weight.dtype.size)
 
     def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
         """Those that the tokens look at: also pictures before `start`, but not all of them."""

@@ -25,7 +25,8 @@ from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.recipe import TYPES, fitted, parse_type, promoted
 from mlxvlm.checkpoint.topology import Topology
 from mlxvlm.checkpoint.weights import read_weights
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import UsageError, WeightsError

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxvlm.engine import kv_cache
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Completion, Request
 from mlxvlm.errors import ContextLengthError, EngineClosedError, InputError, InternalError, UsageError, WeightsError

@@ -15,7 +15,8 @@ from mlxvlm.checkpoint.bind import bind
 from mlxvlm.checkpoint.load import LoadOptions, ModelSource, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request

@@ -1,0 +1,26 @@
+"""What the tests of faults and of the life cycle share."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+
+
+def our_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("mlxvlm")]
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    """Threads end, and memory comes back without the garbage collector's help."""
+    gc.collect()
+    floor = mx.get_active_memory()
+    gc.disable()
+    yield
+    gc.enable()
+    assert not our_threads()
+    assert mx.get_active_memory() <= floor
