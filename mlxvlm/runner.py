@@ -22,6 +22,7 @@ def load(
     *,
     dtype: str = "auto",
     isq: str | int | None = None,
+    in_situ_quant: str | int | None = None,
     isq_tower: bool = False,
     topology: str | Path | None = None,
     isq_cache: bool | str | Path = True,
@@ -35,8 +36,8 @@ def load(
     """An engine with a model: "demo", a local folder, a GGUF file, or a Hugging Face repository id.
 
     dtype: auto (the checkpoint's own on a GPU, float32 on the CPU backend), bfloat16, float16 or float32.
-    isq: quantise while loading: 4, 8, "Q4K", "4@32" ...; topology: a YAML file of types by layer; isq_tower: the vision
-    tower's layers too. isq_cache: keep the result for the next start, True for the usual folder.
+    isq, or in_situ_quant: quantise while loading: 4, 8, "Q4K", "4@32" ...; topology: a YAML file of types by layer;
+    isq_tower: the vision tower's layers too. isq_cache: keep the result for the next start, True for the usual folder.
     from_uqff: UQFF files to take the weights from; mmproj: the GGUF file of a GGUF model's picture half; requantize:
     what quantised tensors without an exact MLX form become, "none" for 16 bits.
     progress: called with (bytes done, bytes in all) while weights are read.
@@ -45,7 +46,14 @@ def load(
     source = open_model(
         model, revision=revision, chat_template=_path(chat_template), mmproj=_path(mmproj), from_uqff=from_uqff
     )
-    options = LoadOptions(dtype, isq, isq_tower, _path(topology), cache_folder(isq_cache), requantize)
+    options = LoadOptions(
+        dtype,
+        isq if isq is not None else in_situ_quant,
+        isq_tower,
+        _path(topology),
+        cache_folder(isq_cache),
+        requantize,
+    )
     return start(source, options, progress)
 
 

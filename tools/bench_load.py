@@ -2,7 +2,7 @@
 
     python tools/bench_load.py [--layers 18] [--isq 4] [--runs 3]
 
-Writes a synthetic LLaVA checkpoint (bfloat16, 1.8 GB at 18 layers) into a temporary folder. `naive` is what loaders
+Writes a synthetic LLaVA checkpoint (bfloat16, 2.2 GB at 18 layers) into a temporary folder. `naive` is what loaders
 without in-situ quantisation do: build the model in full, nn.quantize it, evaluate. The last line is JSON: medians of
 seconds, peak resident bytes, and ratios.
 """
@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +29,7 @@ from mlx.utils import tree_flatten
 from mlxvlm.checkpoint.bind import bind
 from mlxvlm.checkpoint.build import build, recipe_of
 from mlxvlm.checkpoint.isq import make_plan
-from mlxvlm.checkpoint.load import LoadOptions
+from mlxvlm.checkpoint.load import LoadOptions, ModelSource
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.checkpoint.write import write_shards
 from mlxvlm.families import family_of
@@ -37,7 +38,7 @@ MODES = ("naive", "isq", "cached")
 DTYPE = "bfloat16"  # what a GPU keeps; the CPU backend's own choice would be float32
 
 
-def config(layers: int) -> dict[str, Any]:
+def synthetic(layers: int) -> dict[str, Any]:
     """LLaVA 1.5's shapes at a quarter of the width, so that a small machine holds it in full as well."""
     return {
         "model_type": "llava",
@@ -64,8 +65,8 @@ def config(layers: int) -> dict[str, Any]:
 
 def write_checkpoint(folder: Path, layers: int) -> None:
     """Random weights, shard by shard."""
-    (folder / "config.json").write_text(json.dumps(config(layers)))
-    model = family_of(config(layers)).build_model(config(layers))
+    (folder / "config.json").write_text(json.dumps(synthetic(layers)))
+    model = family_of(synthetic(layers)).build_model(synthetic(layers))
     shapes = [(name, array.shape) for name, array in tree_flatten(model.parameters())]
 
     def tensors() -> Any:
@@ -105,7 +106,11 @@ def child(mode: str, folder: Path, cache: Path, isq: str) -> dict[str, float]:
     if mode == "naive":
         model = naive(folder, options)
     else:
-        model = build(folder, config_of(folder), family_of(config_of(folder)), options, lambda done, total: None)
+        # The processor's files are no part of this.
+        source = SimpleNamespace(
+            folder=folder, config=config_of(folder), family=family_of(config_of(folder)), read=None
+        )
+        model = build(cast(ModelSource, source), options, lambda done, total: None)
     seconds = time.perf_counter() - begun
     scale = 1 if sys.platform == "darwin" else 1024
     return {

@@ -89,6 +89,8 @@ def streamed(
     plan = make_plan(model, recipe)
     for line in plan.left:
         log.warning(line)
+    if recipe != AS_IT_IS and not plan.specs:
+        log.warning("nothing is quantised: no layer that the type or the topology asks for is in full precision")
     stacks = Stacks(model.sanitize, files, weights) if plan.specs else None
     weights.clear()
     _quantize(model, plan)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.bind import Progress, bind, choose_dtype
+from mlxvlm.checkpoint.bind import DTYPES, Progress, bind, choose_dtype
 from mlxvlm.checkpoint.container import TensorFile
+from mlxvlm.checkpoint.conversion import Conversion
 from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe
 from mlxvlm.checkpoint.isq_cache import ISQCache, entry_key
 from mlxvlm.checkpoint.load import LoadOptions, ModelSource
 from mlxvlm.checkpoint.recipe import parse_type
 from mlxvlm.checkpoint.topology import Topology
 from mlxvlm.checkpoint.weights import read_weights, weight_files
+from mlxvlm.errors import UsageError
 from mlxvlm.models.base import VisionLanguageModel
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 
 def recipe_of(options: LoadOptions) -> Recipe:
     """Raises UsageError for unknown types and bad topology files."""
+    if options.isq_tower and options.isq is None and options.topology is None:
+        raise UsageError("the vision tower's layers have no type: give one with isq (--isq), like 8")
     spec = None if options.isq is None else parse_type(options.isq)
     topology = AS_IT_IS.topology if options.topology is None else Topology.read(options.topology)
     return Recipe(spec, topology, options.isq_tower)
@@ -32,13 +37,13 @@ def recipe_of(options: LoadOptions) -> Recipe:
 def build(source: ModelSource, options: LoadOptions, progress: Progress) -> VisionLanguageModel:
     """The model of a source, with its weights evaluated. Raises ModelError and its kinds, UsageError for options."""
     recipe = recipe_of(options)
-    requantize = None if options.requantize == "none" else parse_type(options.requantize)
+    requantize = None if options.requantize.lower() == "none" else parse_type(options.requantize)
     model: VisionLanguageModel = source.family.build_model(source.config)
     if source.read is not None:
-        conversion = source.read(requantize)
+        conversion = source.read(requantize, progress)
         for line in conversion.notes():
             log.warning("%s: %s", source.name, line)
-        bind(model, conversion.weights, options.dtype, progress, recipe)
+        bind(model, conversion.weights, _dtype_of(options, conversion), progress, recipe)
         return model
     weights = read_weights(source.folder)
     if recipe == AS_IT_IS:
@@ -53,9 +58,17 @@ def build(source: ModelSource, options: LoadOptions, progress: Progress) -> Visi
         if entry is not None:
             bind(model, read_weights(entry), options.dtype, progress)
         else:
+            before = {name for name in model.sanitize(weights) if name.endswith(".scales")}
             _quantize(model, source.folder, weights, options, recipe, progress)
-            _keep(cache, key, model)
+            _keep(cache, key, model, before, progress)
     return model
+
+
+def _dtype_of(options: LoadOptions, conversion: Conversion) -> str:
+    """`auto` on a GPU: what the file's makers computed in. Of all its tensors only norms may tell, in float32."""
+    if options.dtype != "auto" or conversion.dtype is None or mx.default_device().type == mx.DeviceType.cpu:
+        return options.dtype
+    return next(name for name, dtype in DTYPES.items() if dtype == conversion.dtype)
 
 
 def _quantize(
@@ -69,7 +82,17 @@ def _quantize(
     bind(model, weights, options.dtype, progress, recipe, [TensorFile(path) for path in weight_files(folder)])
 
 
-def _keep(cache: ISQCache, key: str, model: VisionLanguageModel) -> None:
+def _keep(cache: ISQCache, key: str, model: VisionLanguageModel, before: set[str], progress: Progress) -> None:
+    """`before`: the scales that were there already; a model that has no others is no work to keep."""
     assert isinstance(model, nn.Module)
     tensors = dict(tree_flatten(model.parameters()))
-    cache.store(key, tensors.items(), sum(array.nbytes for array in tensors.values()))
+    if {name for name in tensors if name.endswith(".scales")} <= before:
+        return
+    total = sum(array.nbytes for array in tensors.values())
+
+    def watched() -> Iterator[tuple[str, mx.array]]:
+        for name, array in tensors.items():
+            progress(total, total)  # where an interruption is noticed
+            yield name, array
+
+    cache.store(key, watched(), total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,22 +20,31 @@ REQUANTIZED = QuantSpec(8, 32)
 class Conversion:
     """What a reader of UQFF or GGUF files fills: `weights` by name, as if they came from safetensors.
 
-    requantize: what quantised weights without an exact MLX form become; None keeps them in 16 bits.
+    requantize: what quantised weights without an exact MLX form become; None keeps them in 16 bits. progress: told the
+    bytes that are there and `total` after each tensor; it may raise to interrupt the reading.
     """
 
-    def __init__(self, requantize: QuantSpec | None = REQUANTIZED) -> None:
+    def __init__(
+        self,
+        requantize: QuantSpec | None = REQUANTIZED,
+        progress: Callable[[int, int], None] | None = None,
+        total: int = 0,
+    ) -> None:
         self.weights: dict[str, mx.array] = {}
         self.dtype: mx.Dtype | None = None  # of what the source did not quantise, where that is known
         self._requantize = requantize
+        self._progress, self._total, self._done = progress, total, 0
         self._inexact: Counter[str] = Counter()
 
     def plain(self, name: str, array: mx.array) -> None:
         """A tensor that is not quantised; `name` is whole, with `.weight` or `.bias`."""
         self.weights[name] = array
+        self._step(array.nbytes)
 
     def exact(self, path: str, packed: Packed) -> None:
         """The weight of the module at `path`, without loss."""
         self.weights |= packed.tensors(path)
+        self._step(packed.weight.nbytes)
 
     def inexact(self, path: str, values: NDArray[Any], source: str) -> None:
         """The weight of the module at `path`, dequantised to float32 from `source`, a type that MLX can't hold."""
@@ -49,6 +58,7 @@ class Conversion:
         else:
             self._inexact[f"{source} layers re-quantised to {spec.bits}-bit groups of {spec.group_size}"] += 1
             self.weights |= quantized(path, array, spec)
+        self._step(self.weights[f"{path}.weight"].nbytes)
 
     def ggml(self, path: str, data: NDArray[np.uint8], kind: GGMLType, shape: Sequence[int]) -> None:
         """The weight [..., out, in] of the module at `path` from uint8 [nbytes]: exact, else inexact; floats as is.
@@ -61,6 +71,11 @@ class Conversion:
             self.exact(path, packed)
         else:
             self.inexact(path, dequantize(data, kind, shape), kind.name)
+
+    def _step(self, nbytes: int) -> None:
+        self._done = min(self._done + nbytes, self._total)
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
     def notes(self) -> list[str]:
         """A line for each kind of loss."""

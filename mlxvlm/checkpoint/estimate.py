@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlxvlm.checkpoint.bind import choose_dtype, expected_bytes, fit
 from mlxvlm.checkpoint.hub import is_on_disk, resolve
 from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe, make_plan
-from mlxvlm.checkpoint.load import GGUF, UQFF
+from mlxvlm.checkpoint.load import is_packed
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
@@ -57,9 +57,12 @@ class MemoryNeed:
 
 def memory_need(model: str, revision: str | None = None, dtype: str = "auto", recipe: Recipe = AS_IT_IS) -> MemoryNeed:
     """Of a folder from its files' headers, of a repository from the hub's, without fetching the weights."""
-    if model.endswith((GGUF, UQFF)):
-        raise ModelError(f"{model} is a GGUF or UQFF file: it needs about its own size in memory, a third more at most")
+    about = "GGUF and UQFF files need about their own size in memory, a third more at most: doctor does not read them"
+    if is_packed(Path(model)):
+        raise ModelError(f"{model}: {about}")
     folder = resolve(model, revision, weights=False)
+    if is_packed(folder):
+        raise ModelError(f"{model}: {about}")
     config = read_json(folder / "config.json")
     if not config:
         raise ModelNotFoundError(f"{folder} is no model: it has no config.json")

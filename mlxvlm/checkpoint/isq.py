@@ -37,6 +37,15 @@ class Recipe:
     topology: Topology = _NO_TOPOLOGY
     tower: bool = False
 
+    @property
+    def facts(self) -> str:
+        """All of it in words. A pattern's own repr leaves out what is long."""
+        entries = [
+            (entry.layers, entry.pattern.pattern if entry.pattern else None, entry.spec)
+            for entry in self.topology.entries
+        ]
+        return repr((self.spec, entries, self.tower))
+
 
 AS_IT_IS = Recipe()
 

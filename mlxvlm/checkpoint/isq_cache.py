@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,13 +33,14 @@ _MANIFEST = "manifest.json"
 _LIMIT_BYTES = 100_000_000_000
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a source file's contents; its size and time say the rest
 _READ_BYTES = 1 << 23
+_LEFT_OVER_S = 3600  # age at which a draft is no longer being written
 
 
 def entry_key(files: Sequence[Path], config: Mapping[str, Any], recipe: Recipe, dtype: mx.Dtype) -> str:
     """Of the source files as they are now, the recipe, and what computes it."""
     digest = hashlib.sha256()
-    backend = (version("mlx"), str(mx.default_device()))
-    for fact in (_FORMAT, backend, str(dtype), repr(recipe), json.dumps(config, sort_keys=True)):
+    made_by = (version("mlx"), version("mlxvlm"), str(mx.default_device()))
+    for fact in (_FORMAT, made_by, str(dtype), recipe.facts, json.dumps(config, sort_keys=True)):
         digest.update(repr(fact).encode())
     for path in files:
         status = path.stat()
@@ -66,13 +69,15 @@ class ISQCache:
             log.warning("the cached quantisation %s is damaged (%s): dropped, and made again", entry, problem)
             shutil.rmtree(entry, ignore_errors=True)
             return None
-        (entry / _MANIFEST).touch()  # used last
+        with suppress(OSError):  # a folder that can only be read serves as well
+            (entry / _MANIFEST).touch()  # used last
         return entry
 
     def store(self, key: str, tensors: Iterable[tuple[str, mx.array]], nbytes: int) -> None:
         """Keeps evaluated tensors of `nbytes` in all. A cache that can't be written costs time, nothing else."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
             free = shutil.disk_usage(self.folder).free
             if nbytes > min(self.limit_bytes, free):
                 log.warning("the quantised model is not cached: it has %d bytes, and %d are free", nbytes, free)
@@ -85,7 +90,14 @@ class ISQCache:
                 }
                 write_json(draft / _MANIFEST, {"format": _FORMAT, "files": files})
         except (OSError, ModelError) as error:
-            log.warning("the quantised model is not cached: %s", error)
+            if not (self.folder / key).is_dir():  # else another process was faster
+                log.warning("the quantised model is not cached: %s", error)
+
+    def _sweep(self) -> None:
+        """Drafts of processes that were killed."""
+        for draft in self.folder.glob(".*.*"):
+            if time.time() - draft.stat().st_mtime > _LEFT_OVER_S:
+                shutil.rmtree(draft, ignore_errors=True)
 
     def _make_room(self, nbytes: int) -> None:
         entries = sorted(self.folder.glob(f"*/{_MANIFEST}"), key=lambda path: path.stat().st_mtime)

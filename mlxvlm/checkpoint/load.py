@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from mlxvlm.checkpoint.hub import resolve
-from mlxvlm.errors import ModelNotFoundError
+from mlxvlm.errors import ModelNotFoundError, UsageError
 from mlxvlm.families import NONSENSE, Family, family_of, senseless
 from mlxvlm.processors.base import Processor
 from mlxvlm.processors.files import ProcessorFiles, context_length, read_json, template_file
@@ -19,6 +19,8 @@ from mlxvlm.processors.files import ProcessorFiles, context_length, read_json, t
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.conversion import Conversion
     from mlxvlm.checkpoint.packed import QuantSpec
+
+Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
 
 GGUF, UQFF = ".gguf", ".uqff"
 REQUANTIZE = "8@32"
@@ -82,13 +84,21 @@ class ModelSource:
     defaults: GenerationDefaults
     max_context: int
     # Of weights that are no safetensors; what has no exact form becomes the type given.
-    read: Callable[[QuantSpec | None], Conversion] | None = None
+    read: Callable[[QuantSpec | None, Progress], Conversion] | None = None
 
     def build(self, options: LoadOptions, progress: Any) -> Any:
         """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
         from mlxvlm.checkpoint.build import build
 
         return build(self, options, progress)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file, or all weights of a folder, are of llama.cpp or mistral.rs."""
+    if not path.is_dir():
+        return path.suffix.lower() in (GGUF, UQFF)
+    is_there = any(any(path.glob(f"*{suffix}")) for suffix in (GGUF, UQFF))
+    return is_there and not any(path.glob("model*.safetensors"))
 
 
 def open_model(
@@ -104,7 +114,10 @@ def open_model(
     mmproj: the picture half of a GGUF model. from_uqff: UQFF files to take the weights from, see uqff_files.find.
     Raises ModelError and its kinds.
     """
-    if mmproj is not None or name.endswith(GGUF):
+    is_gguf = name.lower().endswith(GGUF) and not Path(name).expanduser().is_dir()
+    if from_uqff is not None and (is_gguf or mmproj is not None):
+        raise UsageError("GGUF and UQFF files are no parts of one model: leave --from-uqff, or -m's file, out")
+    if mmproj is not None or is_gguf:
         return _open_gguf(name, Path(name).expanduser(), mmproj, chat_template)
     if from_uqff is not None:
         return _open_uqff(name, from_uqff, revision, chat_template)
@@ -141,7 +154,7 @@ def _open_uqff(name: str, from_uqff: str, revision: str | None, chat_template: P
     folder = resolve(name, revision, weights=not has_residual(files))
     base = folder if any(folder.glob("model*.safetensors")) else None
     source = _open_folder(name, folder, chat_template)
-    return replace(source, read=lambda requantize: read(files, folder, base, requantize))
+    return replace(source, read=lambda requantize, progress: read(files, folder, base, requantize, progress))
 
 
 def _open_gguf(name: str, path: Path, mmproj: Path | None, chat_template: Path | None) -> ModelSource:
@@ -149,6 +162,8 @@ def _open_gguf(name: str, path: Path, mmproj: Path | None, chat_template: Path |
     from mlxvlm.checkpoint.llama_cpp.load import find, open_gguf
 
     if path.is_dir():
+        if not any(path.glob(f"*{GGUF}")):
+            raise UsageError(f"{path} holds no GGUF file, and --mmproj is the picture half of one")
         path, found = find(path)
         mmproj = mmproj or found
     model = open_gguf(path, mmproj, None if chat_template is None else template_file(chat_template))

@@ -17,6 +17,7 @@ from mlxvlm.checkpoint.bind import DTYPES, Progress, choose_dtype, stored_dtype,
 from mlxvlm.checkpoint.container import TensorFile
 from mlxvlm.checkpoint.hub import resolve
 from mlxvlm.checkpoint.isq import Recipe
+from mlxvlm.checkpoint.load import is_packed
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.recipe import label
 from mlxvlm.checkpoint.uqff_write import checkpoint_names, write
@@ -36,6 +37,8 @@ class _Source:
     """A checkpoint folder, its tensors unread, and the model that they are of."""
 
     def __init__(self, model: str, revision: str | None, dtype: str) -> None:
+        if is_packed(Path(model).expanduser()):
+            raise UsageError(f"{model} is quantised already: give an ordinary checkpoint")
         self.folder = resolve(model, revision)
         self.config = read_json(self.folder / "config.json")
         if not self.config:
@@ -120,7 +123,9 @@ def quantize_uqff(
 
 
 def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # Renaming puts a folder in the place of an empty one, but not of a link or of where we are.
+    is_taken = out.is_symlink() or out.resolve() == Path.cwd()
+    if is_taken or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"{out} is there already: give a new folder")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxvlm.checkpoint.bind import stored_dtype
+from mlxvlm.checkpoint.bind import Progress, stored_dtype
 from mlxvlm.checkpoint.container import TensorFile
 from mlxvlm.checkpoint.conversion import REQUANTIZED, Conversion
 from mlxvlm.checkpoint.hub import INDEX
@@ -32,7 +32,11 @@ _PART = re.compile(r"(?P<layer>.+)\.(?:weight(?:\.(?P<part>\w+))?|(?P<bias>bias)
 
 
 def read(
-    files: Sequence[Path], folder: Path, base: Path | None = None, requantize: QuantSpec | None = REQUANTIZED
+    files: Sequence[Path],
+    folder: Path,
+    base: Path | None = None,
+    requantize: QuantSpec | None = REQUANTIZED,
+    progress: Progress | None = None,
 ) -> Conversion:
     """The whole model's tensors; `.notes()` says what was lost, `.dtype` what the residual is stored in.
 
@@ -44,7 +48,7 @@ def read(
         raise ModelError("no UQFF files are given")
     shards = _Shards(files)
     config = read_json(folder / "config.json")
-    conversion = Conversion(requantize)
+    conversion = Conversion(requantize, progress, sum(path.stat().st_size for path in files))
     conversion.weights.update(_rest(files, folder, base))
     if conversion.weights:
         conversion.dtype = stored_dtype(conversion.weights)

@@ -98,8 +98,9 @@ def test_context_that_the_config_leaves_out(tmp_path: Path) -> None:
 class TestFolders:
     def test_gguf_and_uqff_files(self, tmp_path: Path) -> None:
         (tmp_path / "m.gguf").write_bytes(b"GGUF")
-        with pytest.raises(ModelError, match=r"m\.gguf is a GGUF or UQFF file: it needs about its own size"):
-            memory_need(str(tmp_path / "m.gguf"))
+        for model in (tmp_path / "m.gguf", tmp_path):
+            with pytest.raises(ModelError, match="GGUF and UQFF files need about their own size"):
+                memory_need(str(model))
 
     def test_no_model(self, tmp_path: Path) -> None:
         with pytest.raises(ModelNotFoundError, match="is no model"):

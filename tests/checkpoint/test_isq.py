@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ from mlxvlm.engine.request import Request
 from mlxvlm.errors import UsageError, WeightsError
 from mlxvlm.families import family_of
 from mlxvlm.messages import user
+from mlxvlm.runner import load
 from tests.checkpoint.wide import CASES, config_of, write_wide
 
 Tensors = dict[str, mx.array]
@@ -347,3 +349,26 @@ def test_layers_left_alone_are_told_in_one_line(folders: dict[str, Path], caplog
     assert lines == [
         "not quantised: model.vision_model.encoder.layers.0.mlp.fc2, as no group of 4@32 divides 48 inputs"
     ]
+
+
+def test_a_tower_without_a_type_is_no_request() -> None:
+    with pytest.raises(UsageError, match=r"the vision tower's layers have no type: give one with isq \(--isq\)"):
+        recipe_of(LoadOptions(isq_tower=True))
+
+
+def test_both_names_of_the_parameter(folders: dict[str, Path]) -> None:
+    for name in ("isq", "in_situ_quant"):
+        options: dict[str, Any] = {name: "4@32"}
+        with load(str(folders["idefics3"]), isq_cache=False, **options) as engine:
+            assert any(hasattr(module, "bits") for _, module in engine._runner.model.named_modules())
+
+
+@pytest.mark.parametrize("mode", ["naive", "isq", "cached"])
+def test_the_benchmark_of_loading_runs(mode: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("bench_load", Path(__file__).parents[2] / "tools" / "bench_load.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    sizes = [tool.child(mode, folders["llava_next"], tmp_path, "4@32")["model_bytes"] for _ in range(2)]
+    assert sizes[0] == sizes[1] < (folders["llava_next"] / "model.safetensors").stat().st_size

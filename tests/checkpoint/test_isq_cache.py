@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def source(tmp_path: Path) -> Path:
     return write_wide(tmp_path / "source", "llama4")
 
 
-def loaded(folder: Path, cache: Path | None, isq: str = "4@32", **options: Any) -> Tensors:
+def loaded(folder: Path, cache: Path | None, isq: str | None = "4@32", **options: Any) -> Tensors:
     model = open_model(str(folder)).build(LoadOptions(isq=isq, isq_cache=cache, **options), lambda done, total: None)
     return dict(tree_flatten(model.parameters()))
 
@@ -94,6 +95,63 @@ def test_a_key_is_of_the_file_the_config_and_what_computes(source: Path, monkeyp
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key() == keys[-1]
+
+
+def test_long_patterns_are_told_apart(source: Path, tmp_path: Path) -> None:
+    """Also where they differ after as many characters as Python shows of them."""
+    cache, topology = tmp_path / "cache", tmp_path / "t.yaml"
+    long = "|".join(f"no_layer_{number}" for number in range(60))
+    for tail in ("q_proj", "mlp|feed_forward.shared"):
+        topology.write_text(f"'/{long}|{tail}/': {{isq: 4@32}}")
+        options: dict[str, Any] = {"isq": None, "topology": topology}
+        assert same(loaded(source, cache, **options), loaded(source, None, **options))
+    assert len(entries(cache)) == 2
+
+
+def test_a_cache_that_can_only_be_read_serves(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(30, "Read-only file system", str(self))
+
+    cache = tmp_path / "cache"
+    expected = loaded(source, cache)
+    monkeypatch.setattr(Path, "touch", refuse)
+    no_quantising(monkeypatch)
+    assert same(loaded(source, cache), expected)
+
+
+def test_drafts_of_killed_processes_go(source: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name, age in ((".old.abc", 7200), (".new.abc", 0)):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "0.safetensors").write_bytes(b"half")
+        moment = time.time() - age
+        os.utime(cache / name, (moment, moment))
+    loaded(source, cache)
+    assert {path.name for path in cache.iterdir() if path.name.startswith(".")} == {".new.abc"}
+
+
+@pytest.mark.parametrize("text", ["0: {isq: none}", "'/nothing/': {isq: 4@32}", "999: {isq: 4@32}"])
+def test_what_changes_nothing_is_told_and_not_kept(text: str, source: Path, tmp_path: Path, caplog: Log) -> None:
+    cache, topology = tmp_path / "cache", tmp_path / "t.yaml"
+    topology.write_text(text)
+    plain = loaded(source, cache, isq=None, topology=topology)
+    assert not any(name.endswith(".scales") for name in plain)
+    assert "nothing is quantised" in caplog.text
+    assert not cache.exists()
+
+
+def test_an_interruption_while_writing_ends_the_load(source: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if seen.count(done) > 3 and done == total:
+            raise EngineClosedError("loading was interrupted")
+
+    cache = tmp_path / "cache"
+    with pytest.raises(EngineClosedError):
+        open_model(str(source)).build(LoadOptions(isq="4@32", isq_cache=cache), stop)
+    assert not entries(cache)
 
 
 def test_other_weights_are_another_entry(source: Path, tmp_path: Path) -> None:

@@ -183,6 +183,23 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     assert parameters(tmp_path / "empty")
 
 
+def test_places_that_no_folder_can_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_wide(tmp_path / "source", "idefics3")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path("."), tmp_path / "link"):
+        with pytest.raises(UsageError, match="is there already: give a new folder"):
+            quantize_folder(str(source), out, FOUR, "auto", silent)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.GGUF", "m.uqff"])
+def test_files_of_other_formats_are_no_source(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match="is quantised already: give an ordinary checkpoint"):
+        quantize_folder(str(tmp_path / name), tmp_path / "out", FOUR, "auto", silent)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ModelError("broken")])
 def test_an_interruption_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
     source = write_wide(tmp_path / "source", "idefics3")

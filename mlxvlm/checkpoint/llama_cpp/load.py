@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxvlm.checkpoint.bind import Progress
 from mlxvlm.checkpoint.conversion import REQUANTIZED, Conversion, to_mlx
 from mlxvlm.checkpoint.ggml import GGMLType, dequantize
 from mlxvlm.checkpoint.gguf import GGUFFile
@@ -36,13 +37,16 @@ class GGUFModel:
     files: ProcessorFiles
     recipes: tuple[tuple[Path, list[Recipe]], ...]
 
-    def read(self, requantize: QuantSpec | None = REQUANTIZED) -> Conversion:
+    def read(self, requantize: QuantSpec | None = REQUANTIZED, progress: Progress | None = None) -> Conversion:
         """All tensors, in memory. Raises WeightsError naming file and tensor."""
-        conversion = Conversion(requantize)
+        conversion = Conversion(requantize, progress, sum(path.stat().st_size for path, _ in self.recipes))
         for path, recipes in self.recipes:
             with GGUFFile(path) as file:
                 for recipe in recipes:
                     _add(conversion, file, path, recipe)
+        if any(name.endswith(".scales") for name in conversion.weights):
+            # Such files keep nothing but norms in full precision, and those in float32.
+            conversion.dtype = mx.bfloat16
         return conversion
 
 
@@ -125,6 +129,8 @@ class _Stored:
 def _piece(file: GGUFFile, piece: Piece) -> _Stored:
     info = file.tensors[piece.tensor]
     shape = info.shape
+    if not shape:
+        raise WeightsError("has no dimensions")
     # A vector's elements are its rows; a matrix's, those of its last dimension.
     count = int(np.prod(shape[:-1])) if len(shape) > 1 else info.shape[0]
     rows = file.bytes(piece.tensor).reshape(count, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import mlx.core as mx
@@ -17,7 +18,7 @@ from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.cli import main
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
-from mlxvlm.errors import InputError, ModelError
+from mlxvlm.errors import EngineClosedError, InputError, ModelError, UsageError
 from mlxvlm.messages import user
 from mlxvlm.runner import load
 from tests.checkpoint.layouts import tensors_of, write
@@ -36,7 +37,7 @@ def pair(folder: Path, case: Path, text: Change | None = None, mmproj: Change | 
 
 def tensors(folder: Path) -> dict[str, mx.array]:
     source = open_model(str(folder))
-    raw = source.read(QuantSpec(8, 32)).weights if source.read else read_weights(folder)
+    raw = source.read(QuantSpec(8, 32), silent).weights if source.read else read_weights(folder)
     named: dict[str, mx.array] = source.family.build_model(source.config).sanitize(raw)
     return named
 
@@ -304,3 +305,30 @@ def test_a_published_file(request: pytest.FixtureRequest) -> None:
         for question, expected in REAL_ANSWERS.items():
             answer = engine.generate(Request([user(question)], SamplingParams(max_tokens=24)))
             assert list(answer.token_ids) == expected
+
+
+@pytest.mark.parametrize("options", [{"from_uqff": "4"}, {"from_uqff": "4", "mmproj": Path("m.gguf")}])
+def test_no_model_is_of_two_formats(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="are no parts of one model"):
+        open_model(str(tmp_path / "model.gguf"), **options)
+
+
+def test_a_picture_half_beside_an_ordinary_checkpoint() -> None:
+    with pytest.raises(UsageError, match="holds no GGUF file, and --mmproj is the picture half of one"):
+        open_model(str(GOLDENS / "smolvlm2_tied"), mmproj=Path("m.gguf"))
+
+
+def test_reading_tells_its_progress_and_can_be_interrupted(tmp_path: Path) -> None:
+    source = open_model(str(pair(tmp_path, GOLDENS / "smolvlm2_tied")))
+    steps: list[tuple[int, int]] = []
+    assert source.read is not None
+    source.read(QuantSpec(8, 32), lambda done, total: steps.append((done, total)))
+    assert len(steps) > 20
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[-1][0] <= steps[-1][1] == sum((tmp_path / name).stat().st_size for name in (TEXT, MMPROJ))
+
+    def stop(done: int, total: int) -> None:
+        raise EngineClosedError("loading was interrupted")
+
+    with pytest.raises(EngineClosedError):
+        source.build(LoadOptions("float32"), stop)
