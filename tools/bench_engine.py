@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ import mlxvlm
 from mlxvlm.checkpoint.hub import DEMO, resolve
 from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.write import write_shards
-from mlxvlm.engine.engine import Engine, EngineConfig
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
@@ -38,6 +40,8 @@ from mlxvlm.models.base import KVSpec
 
 CONTEXT = 8192
 ROWS = 8
+CHUNK = 256  # tokens
+SIDE = 256  # pixels of a picture
 Json = dict[str, Any]
 
 
@@ -55,10 +59,19 @@ def write_checkpoint(folder: Path, hidden: int, layers: int) -> None:
         "max_position_embeddings": CONTEXT,
     }
     config["vision_config"] |= {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
+    config["vision_config"] |= {"image_size": SIDE}
     for path in demo.iterdir():
         if path.suffix in (".json", ".jinja"):
             shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config))
+    tokens = (SIDE // config["vision_config"]["patch_size"] // config["scale_factor"]) ** 2
+    changes: dict[str, Json] = {
+        "preprocessor_config.json": {"size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE}},
+        "processor_config.json": {"image_seq_len": tokens},
+    }
+    for name, values in changes.items():
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
     model = family_of(config).build_model(config)
     shapes = [(name, array.shape) for name, array in tree_flatten(model.parameters())]
     write_shards(
@@ -144,14 +157,17 @@ def second_question(engine: Engine) -> Json:
 
 
 def stall(engine: Engine) -> Json:
-    """The longest gap of a running stream while a 4k-token prompt and 4 pictures come in, over one chunk's time."""
-    chunk = engine.config.prefill_chunk_while_decoding
-    words = "a " * (4000 - chunk)
-    chunks = []
-    for _ in range(3):
-        usage = engine.generate(Request([user("b " * chunk)], SamplingParams(max_tokens=1))).usage
-        chunks.append(usage.prompt_s)
+    """The longest gap of a running stream while a 4k-token prompt and 4 pictures come in, over one unit's time.
+
+    A unit is a chunk or a picture, whichever takes longer. The chunk's time is the mean over the same prompt alone; its last chunks look back at more and take longer.
+    """
+    words = "a " * 2000
+    usage = engine.generate(Request([user(words)], SamplingParams(max_tokens=1))).usage
+    chunk_s = usage.prompt_s / -(-usage.prompt_tokens // engine.config.prefill_chunk)
     one = SamplingParams(max_tokens=1)
+    # A picture is a unit of its own; its prompt's chunk, which this includes, is short.
+    picture_s = engine.generate(Request([user("What?", [picture(99)])], one)).usage.prompt_s
+    unit_s = max(chunk_s, picture_s)
     requests = [Request([user(words)], one)]
     requests += [Request([user("What?", [picture(10 + seed)])], one) for seed in range(4)]
     readers: list[threading.Thread] = []
@@ -169,8 +185,9 @@ def stall(engine: Engine) -> Json:
     gaps = np.diff(times)
     return {
         "longest_gap_ms": 1000 * float(gaps.max()),
-        "chunk_ms": 1000 * statistics.median(chunks),
-        "longest_gap_over_chunk": float(gaps.max()) / statistics.median(chunks),
+        "chunk_ms": 1000 * chunk_s,
+        "picture_ms": 1000 * picture_s,
+        "longest_gap_over_unit": float(gaps.max()) / unit_s,
     }
 
 
@@ -192,9 +209,16 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
     write_checkpoint(folder, args.hidden, args.layers)
     source = open_model(str(folder))
     config = EngineConfig(source.max_context, source.defaults.eos_token_ids)
-    with Engine(lambda progress: source.build(LoadOptions("float32"), progress), source.processor, config) as engine:
+
+    def build(progress: Any) -> Any:
+        return source.build(LoadOptions("float32"), progress)
+
+    with Engine(build, source.processor, config) as engine:
         found = decode(engine, source.config, args.tokens)
         found |= second_question(engine)
+    # Chunks of one size whether rows decode or not, and nothing remembered, so that both runs do the same work.
+    even = replace(config, prefill_chunk=CHUNK, prefill_chunk_while_decoding=CHUNK, prefix_cache_bytes=0)
+    with Engine(build, source.processor, even) as engine:
         found |= stall(engine)
     return found | padding()
 
