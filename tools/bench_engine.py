@@ -159,7 +159,8 @@ def second_question(engine: Engine) -> Json:
 def stall(engine: Engine) -> Json:
     """The longest gap of a running stream while a 4k-token prompt and 4 pictures come in, over one unit's time.
 
-    A unit is a chunk or a picture, whichever takes longer. The chunk's time is the mean over the same prompt alone; its last chunks look back at more and take longer.
+    A unit is a chunk or a picture, whichever takes longer. The chunk's time is the mean over the same prompt alone; its
+    last chunks look back at more and take longer.
     """
     words = "a " * 2000
     usage = engine.generate(Request([user(words)], SamplingParams(max_tokens=1))).usage

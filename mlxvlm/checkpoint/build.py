@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 
 from mlxvlm.checkpoint.bind import DTYPES, Progress, bind, choose_dtype
 from mlxvlm.checkpoint.container import TensorFile
-from mlxvlm.checkpoint.conversion import Conversion
-from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe
+from mlxvlm.checkpoint.conversion import Conversion, Shrink
+from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe, make_plan
 from mlxvlm.checkpoint.isq_cache import ISQCache, entry_key
 from mlxvlm.checkpoint.load import LoadOptions, ModelSource
+from mlxvlm.checkpoint.packed import quantized
 from mlxvlm.checkpoint.recipe import parse_type
 from mlxvlm.checkpoint.topology import Topology
 from mlxvlm.checkpoint.weights import read_weights, weight_files
@@ -40,10 +41,11 @@ def build(source: ModelSource, options: LoadOptions, progress: Progress) -> Visi
     requantize = None if options.requantize.lower() == "none" else parse_type(options.requantize)
     model: VisionLanguageModel = source.family.build_model(source.config)
     if source.read is not None:
-        conversion = source.read(requantize, progress)
+        conversion = source.read(requantize, progress, _shrink_of(source, options, recipe))
         for line in conversion.notes():
             log.warning("%s: %s", source.name, line)
-        bind(model, conversion.weights, _dtype_of(options, conversion), progress, recipe)
+        rest = AS_IT_IS if conversion.num_shrunk else recipe
+        bind(model, conversion.weights, _dtype_of(options, conversion), progress, rest)
         return model
     weights = read_weights(source.folder)
     if recipe == AS_IT_IS:
@@ -62,6 +64,23 @@ def build(source: ModelSource, options: LoadOptions, progress: Progress) -> Visi
             _quantize(model, source.folder, weights, options, recipe, progress)
             _keep(cache, key, model, before, progress)
     return model
+
+
+def _shrink_of(source: ModelSource, options: LoadOptions, recipe: Recipe) -> Shrink | None:
+    """Quantises a tensor when it has been read, for files that are not read lazily."""
+    if recipe == AS_IT_IS:
+        return None
+    model: VisionLanguageModel = source.family.build_model(source.config)
+    specs = make_plan(model, recipe).specs
+
+    def shrink(name: str, array: mx.array) -> dict[str, mx.array] | None:
+        (ours, full), *others = model.sanitize({name: array}).items() or [("", array)]
+        path = ours.removesuffix(".weight")
+        if others or path == ours or path not in specs:
+            return None
+        return quantized(path, full.astype(choose_dtype(options.dtype, {name: array})), specs[path])
+
+    return shrink
 
 
 def _dtype_of(options: LoadOptions, conversion: Conversion) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -16,12 +16,15 @@ from mlxvlm.checkpoint.packed import Packed, QuantSpec, quantized
 # Adds a relative error of 0.005, which shows in nothing below 8 bits.
 REQUANTIZED = QuantSpec(8, 32)
 
+Shrink: TypeAlias = Callable[[str, mx.array], "dict[str, mx.array] | None"]
+
 
 class Conversion:
     """What a reader of UQFF or GGUF files fills: `weights` by name, as if they came from safetensors.
 
     requantize: what quantised weights without an exact MLX form become; None keeps them in 16 bits. progress: told the
-    bytes that are there and `total` after each tensor; it may raise to interrupt the reading.
+    bytes that are there and `total` after each tensor; it may raise to interrupt the reading. shrink: makes less of a
+    plain tensor as it comes, None where it stays.
     """
 
     def __init__(
@@ -29,16 +32,21 @@ class Conversion:
         requantize: QuantSpec | None = REQUANTIZED,
         progress: Callable[[int, int], None] | None = None,
         total: int = 0,
+        shrink: Shrink | None = None,
     ) -> None:
         self.weights: dict[str, mx.array] = {}
         self.dtype: mx.Dtype | None = None  # of what the source did not quantise, where that is known
         self._requantize = requantize
         self._progress, self._total, self._done = progress, total, 0
         self._inexact: Counter[str] = Counter()
+        self._shrink = shrink
+        self.num_shrunk = 0
 
     def plain(self, name: str, array: mx.array) -> None:
         """A tensor that is not quantised; `name` is whole, with `.weight` or `.bias`."""
-        self.weights[name] = array
+        smaller = None if self._shrink is None else self._shrink(name, array)
+        self.weights |= {name: array} if smaller is None else smaller
+        self.num_shrunk += smaller is not None
         self._step(array.nbytes)
 
     def exact(self, path: str, packed: Packed) -> None:

@@ -17,7 +17,7 @@ from mlxvlm.processors.base import Processor
 from mlxvlm.processors.files import ProcessorFiles, context_length, read_json, template_file
 
 if TYPE_CHECKING:
-    from mlxvlm.checkpoint.conversion import Conversion
+    from mlxvlm.checkpoint.conversion import Conversion, Shrink
     from mlxvlm.checkpoint.packed import QuantSpec
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
@@ -83,8 +83,8 @@ class ModelSource:
     processor: Processor
     defaults: GenerationDefaults
     max_context: int
-    # Of weights that are no safetensors; what has no exact form becomes the type given.
-    read: Callable[[QuantSpec | None, Progress], Conversion] | None = None
+    # Of weights that are no safetensors: what has no exact form becomes the type given; see Conversion for the others.
+    read: Callable[[QuantSpec | None, Progress, Shrink | None], Conversion] | None = None
 
     def build(self, options: LoadOptions, progress: Any) -> Any:
         """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
@@ -154,7 +154,7 @@ def _open_uqff(name: str, from_uqff: str, revision: str | None, chat_template: P
     folder = resolve(name, revision, weights=not has_residual(files))
     base = folder if any(folder.glob("model*.safetensors")) else None
     source = _open_folder(name, folder, chat_template)
-    return replace(source, read=lambda requantize, progress: read(files, folder, base, requantize, progress))
+    return replace(source, read=lambda requantize, progress, shrink: read(files, folder, base, requantize, progress))
 
 
 def _open_gguf(name: str, path: Path, mmproj: Path | None, chat_template: Path | None) -> ModelSource:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvlm.checkpoint.bind import Progress
-from mlxvlm.checkpoint.conversion import REQUANTIZED, Conversion, to_mlx
+from mlxvlm.checkpoint.conversion import REQUANTIZED, Conversion, Shrink, to_mlx
 from mlxvlm.checkpoint.ggml import GGMLType, dequantize
 from mlxvlm.checkpoint.gguf import GGUFFile
 from mlxvlm.checkpoint.llama_cpp.keys import Keys
@@ -37,9 +37,14 @@ class GGUFModel:
     files: ProcessorFiles
     recipes: tuple[tuple[Path, list[Recipe]], ...]
 
-    def read(self, requantize: QuantSpec | None = REQUANTIZED, progress: Progress | None = None) -> Conversion:
-        """All tensors, in memory. Raises WeightsError naming file and tensor."""
-        conversion = Conversion(requantize, progress, sum(path.stat().st_size for path, _ in self.recipes))
+    def read(
+        self,
+        requantize: QuantSpec | None = REQUANTIZED,
+        progress: Progress | None = None,
+        shrink: Shrink | None = None,
+    ) -> Conversion:
+        """All tensors, in memory, see Conversion. Raises WeightsError naming file and tensor."""
+        conversion = Conversion(requantize, progress, sum(path.stat().st_size for path, _ in self.recipes), shrink)
         for path, recipes in self.recipes:
             with GGUFFile(path) as file:
                 for recipe in recipes:

@@ -57,7 +57,7 @@ def quiet(done: int, total: int) -> None:
 
 
 def sanitized(source: ModelSource) -> dict[str, mx.array]:
-    raw = source.read(QuantSpec(8, 32), quiet).weights if source.read else read_weights(source.folder)
+    raw = source.read(QuantSpec(8, 32), quiet, None).weights if source.read else read_weights(source.folder)
     named: dict[str, mx.array] = source.family.build_model(source.config).sanitize(raw)
     return named
 

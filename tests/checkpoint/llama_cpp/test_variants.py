@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mlxvlm.messages import user
 from mlxvlm.runner import load
 from tests.checkpoint.layouts import tensors_of, write
 from tests.checkpoint.llama_cpp.pairs import MMPROJ, TEXT, Arrays, Kind, write_mmproj, write_pair, write_text
-from tests.checkpoint.wide import write_wide
+from tests.checkpoint.wide import config_of, write_wide
 from tests.golden import GOLDENS, Case
 
 Change = Callable[[gguf.GGUFWriter, Arrays], None]
@@ -37,7 +38,7 @@ def pair(folder: Path, case: Path, text: Change | None = None, mmproj: Change | 
 
 def tensors(folder: Path) -> dict[str, mx.array]:
     source = open_model(str(folder))
-    raw = source.read(QuantSpec(8, 32), silent).weights if source.read else read_weights(folder)
+    raw = source.read(QuantSpec(8, 32), silent, None).weights if source.read else read_weights(folder)
     named: dict[str, mx.array] = source.family.build_model(source.config).sanitize(raw)
     return named
 
@@ -253,6 +254,25 @@ def test_what_is_not_quantised_can_be(tmp_path: Path) -> None:
     assert all(mx.array_equal(found[name], array).item() for name, array in expected.items())
 
 
+def test_what_is_quantised_on_the_way_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("qwen2_vl") | {"hidden_size": 512, "num_attention_heads": 16, "intermediate_size": 1024}
+    config |= {"num_hidden_layers": 12, "max_window_layers": 12}
+    config["vision_config"]["hidden_size"] = 512
+    monkeypatch.setattr("tests.checkpoint.wide.config_of", lambda family: config)
+    folder = pair(new(tmp_path / "pair"), write_wide(tmp_path / "qwen2_vl_tied", "qwen2_vl"))
+    source = open_model(str(folder))
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = source.build(LoadOptions("float32", "4"), silent)
+    peak = mx.get_peak_memory() - before
+    size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    full = (folder / TEXT).stat().st_size
+    assert full > 4 * size
+    assert peak <= 1.1 * (size + 3 * 4 * 512 * 1024) + 2**18
+
+
 def new(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -322,7 +342,7 @@ def test_reading_tells_its_progress_and_can_be_interrupted(tmp_path: Path) -> No
     source = open_model(str(pair(tmp_path, GOLDENS / "smolvlm2_tied")))
     steps: list[tuple[int, int]] = []
     assert source.read is not None
-    source.read(QuantSpec(8, 32), lambda done, total: steps.append((done, total)))
+    source.read(QuantSpec(8, 32), lambda done, total: steps.append((done, total)), None)
     assert len(steps) > 20
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert steps[-1][0] <= steps[-1][1] == sum((tmp_path / name).stat().st_size for name in (TEXT, MMPROJ))
