@@ -31,6 +31,7 @@ def load(
     mmproj: str | Path | None = None,
     from_uqff: str | None = None,
     requantize: str = REQUANTIZE,
+    max_memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """An engine with a model: "demo", a local folder, a GGUF file, or a Hugging Face repository id.
@@ -40,6 +41,7 @@ def load(
     isq_tower: the vision tower's layers too. isq_cache: keep the result for the next start, True for the usual folder.
     from_uqff: UQFF files to take the weights from; mmproj: the GGUF file of a GGUF model's picture half; requantize:
     what quantised tensors without an exact MLX form become, "none" for 16 bits.
+    max_memory_bytes: for weights, caches and all that runs; None for what the device recommends.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
@@ -54,12 +56,22 @@ def load(
         cache_folder(isq_cache),
         requantize,
     )
-    return start(source, options, progress)
+    return start(source, options, progress, max_memory_bytes)
 
 
-def start(source: ModelSource, options: LoadOptions | None = None, progress: Progress | None = None) -> Engine:
-    """An engine with an opened model."""
-    config = EngineConfig(source.max_context, source.defaults.eos_token_ids, sampling_defaults(source))
+def start(
+    source: ModelSource,
+    options: LoadOptions | None = None,
+    progress: Progress | None = None,
+    max_memory_bytes: int | None = None,
+) -> Engine:
+    """An engine with an opened model; see load()."""
+    config = EngineConfig(
+        source.max_context,
+        source.defaults.eos_token_ids,
+        sampling_defaults(source),
+        max_memory_bytes=max_memory_bytes,
+    )
     return Engine(partial(source.build, options or LoadOptions()), source.processor, config, progress)
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxvlm.errors import UsageError
+
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import LoadOptions, ModelSource
     from mlxvlm.engine.params import SamplingParams
@@ -43,6 +45,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="number format of the weights (default: auto, the checkpoint's own on a GPU, float32 on a CPU)",
     )
     group.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="GB",
+        help="for weights, caches and all that runs (default: what the device recommends)",
+    )
+    group.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="a Jinja file (or JSON with that key) to use instead"
     )
 
@@ -66,6 +74,15 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
     folder = cache_folder(False if args.no_isq_cache else args.isq_cache or True)
     return LoadOptions(args.dtype, args.isq, args.isq_vision, args.topology, folder, args.requantize)
+
+
+def max_memory_bytes(args: argparse.Namespace) -> int | None:
+    """Of --max-memory. Raises UsageError."""
+    if args.max_memory is None:
+        return None
+    if not 0 < args.max_memory < 1e6:
+        raise UsageError(f"--max-memory is a number of gigabytes above 0, not {args.max_memory:g}")
+    return int(args.max_memory * 1e9)
 
 
 def open_source(args: argparse.Namespace) -> ModelSource:

@@ -18,6 +18,7 @@ from mlxvlm.cli.options import (
     add_sampling_options,
     figures,
     load_options,
+    max_memory_bytes,
     open_source,
     sampling_params,
 )
@@ -84,7 +85,8 @@ def execute(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
     prepare_s = time.perf_counter() - begun
-    with byte_bar("loading") as progress, start(source, load_options(args), progress) as engine:
+    budget = max_memory_bytes(args)
+    with byte_bar("loading") as progress, start(source, load_options(args), progress, budget) as engine:
         request = Request(messages, sampling, prompt=prompt)
         answer = _print_json if args.json else _print_stream
         return answer(args, engine, request, prepare_s)

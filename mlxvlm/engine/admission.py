@@ -53,8 +53,8 @@ class Admission:
         """`base` bytes are taken for good: the weights, and caches up to their own limits. Raises ModelError."""
         if base >= budget:
             raise ModelError(
-                f"the model takes {_size(base)}, but the memory budget is {_size(budget)}: raise max_memory_bytes, or "
-                "quantise the model (isq)"
+                f"the model takes {_size(base)}, but the memory budget is {_size(budget)}: quantise the model "
+                "(--isq), or raise the budget (--max-memory)"
             )
         self.budget = budget
         self.base = base
@@ -99,7 +99,7 @@ class Admission:
             raise MemoryBudgetError(
                 f"the request needs up to {_size(total)} for {need.length} tokens, beside {_size(self.base)} of the "
                 f"model, but the memory budget is {_size(self.budget)}: lower max_tokens, shorten the prompt, send "
-                "smaller images, or raise max_memory_bytes"
+                "smaller images, or raise the budget (--max-memory)"
             )
 
     def reserve(self, owner: int, need: Need) -> bool:

@@ -231,3 +231,11 @@ def test_doctor_tells_what_does_not_fit(capsys: Capture, monkeypatch: Patch) -> 
     out = doctor(10 * 10**9, 1000, capsys, monkeypatch)
     assert ": does not fit" in out
     assert ": fits" not in out
+
+
+def test_max_memory(capsys: Capture, monkeypatch: Patch) -> None:
+    assert run("--max-memory", "4") == 0
+    assert run("--max-memory", "0.00001") == 4
+    assert "quantise the model (--isq), or raise the budget (--max-memory)" in capsys.readouterr().err
+    assert run("--max-memory", "0") == 2
+    assert "--max-memory is a number of gigabytes above 0, not 0" in capsys.readouterr().err

@@ -232,7 +232,7 @@ def test_an_answer_without_a_limit_ends_where_the_budget_does(
 def test_a_model_larger_than_the_budget_is_refused() -> None:
     weights = mx.ones(100)
     mx.eval(weights)
-    with pytest.raises(ModelError, match="the memory budget is 300 bytes: raise max_memory_bytes"):
+    with pytest.raises(ModelError, match="the memory budget is 300 bytes: quantise the model"):
         fake_engine(max_memory_bytes=300)
     assert not any(thread.name.startswith("mlxvlm") for thread in threading.enumerate())
 
