@@ -68,7 +68,9 @@ class Tokenizer:
             self._add(tokenizers.AddedToken(token["content"], special=special, **flags))
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         for token in [*self.special_tokens.values(), *(extra.values() if isinstance(extra, Mapping) else extra)]:
-            self.add_special(token["content"] if isinstance(token, Mapping) else token)
+            content = token["content"] if isinstance(token, Mapping) else token
+            if content:  # an empty one stands for none
+                self.add_special(content)
 
     def _add(self, token: tokenizers.AddedToken) -> None:
         known = self.backend.get_added_tokens_decoder().values()
@@ -79,7 +81,8 @@ class Tokenizer:
         """The id of a special token. Added at the end of the vocabulary if missing; never split in a text again."""
         self._add(tokenizers.AddedToken(token, normalized=False, special=True))
         token_id = self.token_id(token)
-        assert token_id is not None
+        if token_id is None:
+            raise ModelError(f"the tokenizer does not take {token!r} as a special token")
         return token_id
 
     def token_id(self, token: str) -> int | None:

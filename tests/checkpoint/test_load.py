@@ -306,7 +306,7 @@ def test_opening_imports_no_mlx() -> None:
 def test_what_has_no_exact_form_becomes_what_is_asked_for(name: str, spec: QuantSpec | None) -> None:
     asked = []
 
-    def read(requantize: QuantSpec | None) -> Conversion:
+    def read(requantize: QuantSpec | None, progress: Any, shrink: Any) -> Conversion:
         asked.append(requantize)
         conversion = Conversion(requantize)
         conversion.weights = read_weights(SPLIT)

@@ -187,3 +187,10 @@ def test_no_bos_token_is_named(tmp_path: Path) -> None:
 def test_bos_in_the_middle_is_no_reason_to_leave_it_out(tmp_path: Path) -> None:
     ids = read(tmp_path, {"bos_token": BOS}, adds_bos=True).encode_prompt("Hi<s>")
     assert [ids[0], ids[-1]] == [BYTES, BYTES]
+
+
+def test_an_empty_extra_token_stands_for_none(tmp_path: Path) -> None:
+    plain = read(tmp_path)
+    assert read(tmp_path, {"additional_special_tokens": [""]}).backend.get_vocab() == plain.backend.get_vocab()
+    with pytest.raises(ModelError, match="does not take '' as a special token"):
+        plain.add_special("")
