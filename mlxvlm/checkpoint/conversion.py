@@ -44,6 +44,8 @@ class Conversion:
 
     def plain(self, name: str, array: mx.array) -> None:
         """A tensor that is not quantised; `name` is whole, with `.weight` or `.bias`."""
+        if self.dtype is None and array.ndim > 1 and array.dtype in (mx.float16, mx.bfloat16):
+            self.dtype = array.dtype  # norms may be in float32 whatever the model computes in
         smaller = None if self._shrink is None else self._shrink(name, array)
         self.weights |= {name: array} if smaller is None else smaller
         self.num_shrunk += smaller is not None

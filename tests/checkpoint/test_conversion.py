@@ -72,3 +72,14 @@ def test_plain_types_keep_their_type(kind, dtype):
     array = to_mlx(np.ascontiguousarray(stored).reshape(-1).view(np.uint8), kind, (1, 2))
     assert array.dtype == dtype
     assert array.tolist() == [[int(1.5) if dtype in (mx.int8, mx.int64) else 1.5, -2]]
+
+
+def test_halves_tell_what_a_model_computes_in() -> None:
+    conversion = Conversion(shrink=lambda name, array: {"a.scales": mx.ones((1, 1))})
+    conversion.plain("norm.weight", mx.ones((4,), mx.float16))
+    conversion.plain("odd.weight", mx.ones((4, 4)))
+    assert conversion.dtype is None
+    conversion.plain("a.weight", mx.ones((4, 4), mx.bfloat16))
+    conversion.plain("b.weight", mx.ones((4, 4), mx.float16))
+    assert conversion.dtype == mx.bfloat16
+    assert conversion.num_shrunk == 4

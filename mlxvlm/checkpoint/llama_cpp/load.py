@@ -49,8 +49,8 @@ class GGUFModel:
             with GGUFFile(path) as file:
                 for recipe in recipes:
                     _add(conversion, file, path, recipe)
-        if any(name.endswith(".scales") for name in conversion.weights):
-            # Such files keep nothing but norms in full precision, and those in float32.
+        if conversion.dtype is None and any(name.endswith(".scales") for name in conversion.weights):
+            # All but the norms is quantised, and those are in float32.
             conversion.dtype = mx.bfloat16
         return conversion
 
