@@ -75,7 +75,7 @@ def test_keys_are_made_as_ids_become_known() -> None:
 
 
 def block(nbytes: int = 8) -> KVBlock:
-    return KVBlock(mx.zeros(nbytes // 8), mx.zeros(nbytes // 8))
+    return KVBlock((mx.zeros(nbytes // 8), mx.zeros(nbytes // 8)))
 
 
 class PlainCache:
