@@ -90,6 +90,7 @@ class FakeModel:
 
     def __init__(self, spec: KVSpec | None = None, on_call: Callable[[mx.array], None] | None = None) -> None:
         self.kv_specs = [spec or KVSpec(num_kv_heads=1, head_dim=4)]
+        self.width = self.kv_specs[0].head_dim
         self.on_call = on_call
         self.nan_token: int | None = None
         self.encoded: list[int] = []
@@ -97,7 +98,7 @@ class FakeModel:
     def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
         values = [int(image.pixels[0]) for image in images]
         self.encoded += values
-        return [mx.full((IMAGE_TOKENS, 4), value, mx.float32) for value in values]
+        return [mx.full((IMAGE_TOKENS, self.width), value, mx.float32) for value in values]
 
     def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
         return images_from(prompt, start)
@@ -110,7 +111,7 @@ class FakeModel:
         return Inputs(self._embed(token_ids))
 
     def _embed(self, ids: mx.array) -> mx.array:
-        return mx.repeat(ids.astype(mx.float32)[..., None], 4, axis=-1)
+        return mx.repeat(ids.astype(mx.float32)[..., None], self.width, axis=-1)
 
     def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
         x = inputs.embeds
