@@ -59,6 +59,7 @@ class FakeProcessor:
 
     def __init__(self) -> None:
         self.tokenizer: Any = FakeTokenizer()
+        self.opened = 0  # pictures
 
     def __call__(
         self,
@@ -77,8 +78,10 @@ class FakeProcessor:
                 ids += self.tokenizer.encode(part.text)
             elif isinstance(part, ImagePart):
                 span = (len(ids), len(ids) + IMAGE_TOKENS)
-                pixels = np.full((1,), part.source, np.float32)
-                images.append(PreparedImage(pixels, (1,), span, bytes([part.source])))
+                known = isinstance(part.source, PreparedImage)
+                picture = int(part.source.pixels[0]) if known else part.source
+                self.opened += not known
+                images.append(PreparedImage(np.full((1,), picture, np.float32), (1,), span, bytes([picture])))
                 ids += [IMAGE] * IMAGE_TOKENS + [0]
         return Prompt(tuple(ids), tuple(images))
 

@@ -204,11 +204,12 @@ def test_a_prompt_used_once_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"model_id": "another"}, {"prefix_block_tokens": 3}, {"kv_bits": 8}, {"kv_bits": 4}])
-def test_another_model_takes_nothing(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_another_model_takes_nothing(tmp_path: Path, other: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     narrow = FakeModel(KVSpec(1, 32))
     used_twice(tmp_path, narrow)
     with filing(tmp_path, narrow, **other) as engine:
         assert engine.generate(ask(IDS, 3)).usage.cached_tokens == 0
+    assert not caplog.text  # what is another's is not damaged
 
 
 def test_models_that_share_files_must_be_told_apart(tmp_path: Path) -> None:
