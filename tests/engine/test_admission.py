@@ -45,6 +45,9 @@ def test_what_a_row_needs() -> None:
     assert of_text == Need(28, 9 * 5 * 2 + 32 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 9) * 2)
     with_pictures = Prompt((1,) * 9, (picture(70), picture(60)))
     assert Admission(10**9, 0, sizes).need(with_pictures, 1) == Need(9, 2 * 90 + 4 * 130 + 2000 + 352, 80 * 100 * 2)
+    # What an answer that outgrows the context may run again, and one layer's keys and values in full.
+    again = Admission(10**9, 0, replace(sizes, unpacked_token=13)).need(Prompt((1,) * 9), 20, 50)
+    assert again == Need(28, 50 * 5 * 2 + 32 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 50) * 2 + 13 * 50)
     large = Prompt((1,) * 9, (picture(700),))
     assert Admission(10**9, 0, sizes).need(large, 1).work == 80 * 700 * 2
 

@@ -191,12 +191,11 @@ def test_a_shift_that_fails_or_is_cancelled_ends_alone(fails: bool) -> None:
         assert eventually(lambda: is_empty(engine))
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8])
-@pytest.mark.parametrize("count", [3000, None])
+@pytest.mark.parametrize(("count", "kv_bits"), [(3000, None), (None, 8)])
 def test_shifts_stay_within_what_is_reserved(count: int | None, kv_bits: int | None) -> None:
     reserved: list[int] = []
     model = Wide(2, lambda x: reserved.append(engine.stats().reserved_bytes))
-    with fake_engine(model, max_context=900, max_rows=3, context_shift=True, kv_bits=kv_bits) as engine:
+    with fake_engine(model, max_context=700, max_rows=3, context_shift=True, kv_bits=kv_bits) as engine:
         engine.generate(ask([1], 2))
         floor = mx.get_active_memory()
         reserved.clear()
@@ -206,12 +205,40 @@ def test_shifts_stay_within_what_is_reserved(count: int | None, kv_bits: int | N
             found: list[int] = []
             for delta in stream:
                 found += delta.token_ids
-                if len(found) == 1500:
+                if len(found) == 900:
                     stream.cancel()
-            assert found[:1500] == endless([number] * length, 1500, 900)
+            assert found[:900] == endless([number] * length, 900, 700)
         assert mx.get_peak_memory() - floor <= max(reserved)
         if count is not None:  # no row has reserved more, or less, than at its beginning
             assert len(set(reserved)) <= 2 * len(streams) + 1
+
+
+@pytest.mark.parametrize("count", [3000, None])
+def test_the_prompts_of_shifts_are_reserved_for(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be longer than the request's own."""
+    monkeypatch.setattr(admission, "ANSWER_STEP", 64)
+    reserved: list[int] = []
+    model = FakeModel(on_call=lambda x: reserved.append(engine.stats().reserved_bytes))
+    with fake_engine(model, max_context=900, context_shift=True) as engine:
+        stream = engine.submit(ask([1] * 20, count))
+        next(iter(stream))
+        stream.cancel()
+        rows = engine._admission
+        need = rows.need(Prompt((1,) * 20), 880 if count else 64, 900)
+        assert need.held > rows.need(Prompt((1,) * 20), 1).held + 800 * 4
+        assert reserved[0] == rows.bytes_of([need])
+
+
+def test_what_is_kept_after_a_shift_is_what_was_run() -> None:
+    settings = {"prefix_cache_bytes": 1 << 20, "prefix_block_tokens": 1, "max_context": 19, "context_shift": True}
+    with fake_engine(**settings) as engine:
+        found = tokens(engine.generate(ask([1, 2], 22)))
+        left = dropped([1, 2, *found[:17]])
+        for tail in (found[17:], found):
+            prompt = [*left, *tail[:5], 3]
+            again = engine.generate(ask(prompt, 1))
+            assert tokens(again) == answer(prompt, 1)
+            assert (again.usage.cached_tokens > len(left)) == (tail == found[17:])
 
 
 def test_a_system_turn_is_kept() -> None:
