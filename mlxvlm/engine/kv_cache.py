@@ -93,6 +93,7 @@ class KVGroup:
             if sources and length:
                 for target, source in zip(self._buffers(layer, sources), sources, strict=True):
                     target[slot : slot + 1, :, :length] = source[:, :, :length]
+                    target[slot : slot + 1, :, length:] = 0  # of a row that was here: NaN comes through any mask
         self.owners.append(row.owners[0])
         self.lengths.append(length)
 
@@ -103,6 +104,7 @@ class KVGroup:
             length = self.lengths[last]
             for buffer in self.arrays:
                 buffer[slot : slot + 1, :, :length] = buffer[last : last + 1, :, :length]
+                buffer[slot : slot + 1, :, length:] = 0  # as in join()
             self.owners[slot], self.lengths[slot] = self.owners[last], self.lengths[last]
         self.owners.pop()
         self.lengths.pop()

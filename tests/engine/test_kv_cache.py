@@ -176,13 +176,31 @@ def test_a_row_that_leaves_keeps_no_other_row_alive(bits: int | None) -> None:
     assert before - mx.get_active_memory() > held - 2 * row.nbytes
 
 
-def filled(specs: list[KVSpec], owner: int, length: int) -> KVGroup:
+@LAYOUTS
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_row_of_nan_leaves_nothing_behind(bits: int | None, joins: bool) -> None:
+    """Neither to a row that moves into its slot, nor to one that joins there."""
+    specs, batch = [KVSpec(1, DIM, bits=bits, group_size=DIM)], KVBatch()
+    # All of one class, the longest of which makes the others attend over padding.
+    lengths = [(0, 7, 1.0), (1, 6, mx.nan)] if joins else [(0, 6, mx.nan), (1, 7, 1.0), (2, 2, 1.0)]
+    for owner, length, value in lengths:
+        batch.join(filled(specs, owner, length, value))
+    batch.remove(1 if joins else 0)
+    if joins:
+        batch.join(filled(specs, 2, 2, 1.0))
+    assert len(batch.groups) == 1
+    step = KVPass(batch.groups, 1)
+    new = (mx.ones((2, 1, 1, DIM)) for _ in range(3))
+    assert mx.allclose(step.layers[0].attend(*new, 1.0), mx.array(1.0))
+
+
+def filled(specs: list[KVSpec], owner: int, length: int, value: float = 0.0) -> KVGroup:
     """A row of `length` tokens that say nothing."""
     row = KVGroup.single(specs, owner)
     step = KVPass([row], length)
     for layer, spec in zip(step.layers, specs, strict=True):
         shape = (1, spec.num_kv_heads, length, spec.head_dim)
-        mx.eval(layer.attend(*(mx.zeros(shape) for _ in range(3)), 1.0))
+        mx.eval(layer.attend(*(mx.full(shape, value) for _ in range(3)), 1.0))
     step.commit()
     return row
 
