@@ -59,6 +59,7 @@ class FakeProcessor:
 
     def __init__(self) -> None:
         self.tokenizer: Any = FakeTokenizer()
+        self.opened = 0  # pictures
 
     def __call__(
         self,
@@ -77,8 +78,10 @@ class FakeProcessor:
                 ids += self.tokenizer.encode(part.text)
             elif isinstance(part, ImagePart):
                 span = (len(ids), len(ids) + IMAGE_TOKENS)
-                pixels = np.full((1,), part.source, np.float32)
-                images.append(PreparedImage(pixels, (1,), span, bytes([part.source])))
+                known = isinstance(part.source, PreparedImage)
+                picture = int(part.source.pixels[0]) if known else part.source
+                self.opened += not known
+                images.append(PreparedImage(np.full((1,), picture, np.float32), (1,), span, bytes([picture])))
                 ids += [IMAGE] * IMAGE_TOKENS + [0]
         return Prompt(tuple(ids), tuple(images))
 
@@ -90,6 +93,7 @@ class FakeModel:
 
     def __init__(self, spec: KVSpec | None = None, on_call: Callable[[mx.array], None] | None = None) -> None:
         self.kv_specs = [spec or KVSpec(num_kv_heads=1, head_dim=4)]
+        self.width = self.kv_specs[0].head_dim
         self.on_call = on_call
         self.nan_token: int | None = None
         self.encoded: list[int] = []
@@ -97,7 +101,7 @@ class FakeModel:
     def encode_images(self, images: Sequence[PreparedImage]) -> list[mx.array]:
         values = [int(image.pixels[0]) for image in images]
         self.encoded += values
-        return [mx.full((IMAGE_TOKENS, 4), value, mx.float32) for value in values]
+        return [mx.full((IMAGE_TOKENS, self.width), value, mx.float32) for value in values]
 
     def needed_images(self, prompt: Prompt, start: int) -> Sequence[int]:
         return images_from(prompt, start)
@@ -110,7 +114,7 @@ class FakeModel:
         return Inputs(self._embed(token_ids))
 
     def _embed(self, ids: mx.array) -> mx.array:
-        return mx.repeat(ids.astype(mx.float32)[..., None], 4, axis=-1)
+        return mx.repeat(ids.astype(mx.float32)[..., None], self.width, axis=-1)
 
     def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:
         x = inputs.embeds

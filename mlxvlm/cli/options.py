@@ -10,6 +10,7 @@ from mlxvlm.errors import UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import LoadOptions, ModelSource
+    from mlxvlm.engine.config import EngineOptions
     from mlxvlm.engine.params import SamplingParams
     from mlxvlm.engine.request import Usage
 
@@ -65,6 +66,23 @@ def add_quantisation_options(parser: argparse.ArgumentParser) -> None:
         "--isq-cache", type=Path, metavar="DIR", help="keep quantised models here (default: the system's cache folder)"
     )
     group.add_argument("--no-isq-cache", action="store_true", help="quantise anew at every start, keep nothing")
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """--kv-bits, --kv-group-size and --context-shift."""
+    group = parser.add_argument_group("keys and values of the context")
+    group.add_argument("--kv-bits", type=int, choices=(8, 4), help="hold them in 8 or 4 bits (default: unquantised)")
+    group.add_argument(
+        "--kv-group-size", type=int, default=64, metavar="N", help="of --kv-bits: 32, 64 or 128 (default: %(default)s)"
+    )
+    group.add_argument(
+        "--context-shift", action="store_true", help="go on when the context is full, without the older half of it"
+    )
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """What add_engine_options gave."""
+    return {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size, "context_shift": args.context_shift}
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mlxvlm.cli.options import (
+    add_engine_options,
     add_image_options,
     add_model_options,
     add_quantisation_options,
     add_sampling_options,
+    engine_options,
     figures,
     load_options,
     max_memory_bytes,
@@ -67,6 +69,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no figures on stderr")
     add_model_options(parser)
     add_quantisation_options(parser)
+    add_engine_options(parser)
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
     parser.set_defaults(execute=execute)
@@ -85,8 +88,11 @@ def execute(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
     prepare_s = time.perf_counter() - begun
-    budget = max_memory_bytes(args)
-    with byte_bar("loading") as progress, start(source, load_options(args), progress, budget) as engine:
+    budget, options = max_memory_bytes(args), load_options(args)
+    with (
+        byte_bar("loading") as progress,
+        start(source, options, progress, budget, **engine_options(args)) as engine,
+    ):
         request = Request(messages, sampling, prompt=prompt)
         answer = _print_json if args.json else _print_stream
         return answer(args, engine, request, prepare_s)

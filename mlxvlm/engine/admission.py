@@ -35,6 +35,7 @@ class Sizes:
     state_bytes: Callable[[Prompt], int]  # of a row's RowState
     prefill_chunk: int
     vision_batch: int  # pixel values that go through the tower at once
+    unpacked_token: int = 0  # bytes of one position of one layer, where a chunk's attention unpacks keys and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,9 @@ class Admission:
         self._rows: dict[int, Need] = {}
         self.reserved = 0  # bytes beside `base`
 
-    def need(self, prompt: Prompt, max_tokens: int) -> Need:
-        """Of a prompt and an answer of at most `max_tokens`."""
-        sizes, length = self._sizes, len(prompt.token_ids)
+    def need(self, prompt: Prompt, max_tokens: int, rerun: int = 0) -> Need:
+        """Of a prompt and an answer of at most `max_tokens`; so many tokens of both may be run as a prompt again."""
+        sizes, length = self._sizes, max(len(prompt.token_ids), rerun)
         pixels = [image.pixels.size for image in prompt.images]
         # Features wait beside the embeddings that they are written into.
         embedded = (2 if pixels else 1) * length * sizes.hidden * sizes.itemsize
@@ -72,9 +73,10 @@ class Admission:
         batch = max(min(sum(pixels), sizes.vision_batch), max(pixels, default=0))
         chunk = min(length, sizes.prefill_chunk)
         scores = _SCORE_COPIES * sizes.score_heads * chunk * length
-        values = max(_TOWER_VALUES * batch, _PREFILL_VALUES * chunk * sizes.hidden + scores)
+        values = _PREFILL_VALUES * chunk * sizes.hidden + scores
+        work = max(_TOWER_VALUES * batch * sizes.itemsize, values * sizes.itemsize + sizes.unpacked_token * length)
         # The last token of an answer is never fed.
-        return Need(length + max_tokens - 1, held, values * sizes.itemsize)
+        return Need(len(prompt.token_ids) + max_tokens - 1, held, work)
 
     def bytes_of(self, needs: Collection[Need]) -> int:
         """The most that rows take together; units of work come one at a time."""

@@ -1,7 +1,8 @@
 """Blocks of the prefix cache in files, for the next start of the same model. Knows bytes, not prompts.
 
 A safetensors file for each block, written beside its place and moved there whole; a checksum over all of it tells a
-damaged one, which counts as none. Reads belong to the engine thread, writes have a thread of their own.
+damaged one, which counts as none, as does one with keys and values of other bits. Reads belong to the engine thread,
+writes have a thread of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 
 from mlxvlm.engine.kv_cache import KVBlock
 
-_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # safetensors' names
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}  # safetensors' names
+_KINDS = {2: ("",), 6: (".packed", ".scales", ".biases")}  # what keys and values are made of, by the number of parts
 _SUFFIX = ".safetensors"
 _MAX_HEADER_BYTES = 4096
 _MAX_WAITING = 64  # blocks; they stay in memory until written, and those beyond it are left for their next use
@@ -35,9 +37,10 @@ _logger = logging.getLogger(__name__)
 class BlockFiles:
     """A folder of blocks, at most `max_bytes`; the longest unused goes first. Several processes may share it."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, kv_bits: int | None = None) -> None:
+        """`kv_bits`: of the blocks' packed keys and values; None where they are as they are."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._max_bytes = folder, max_bytes
+        self._folder, self._max_bytes, self._kv_bits = folder, max_bytes, kv_bits
         self._lock = threading.Lock()
         self._waiting: set[str] = set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlxvlm-blocks")
@@ -60,7 +63,7 @@ class BlockFiles:
         """A block, None where its file is gone or damaged, which is then forgotten."""
         path = self._path(key.hex())
         try:
-            block = _decode(np.fromfile(path, np.uint8))
+            block = _decode(np.fromfile(path, np.uint8), self._kv_bits)
         except FileNotFoundError:
             block = None
         except (OSError, ValueError, RecursionError) as error:
@@ -79,7 +82,7 @@ class BlockFiles:
             for name, block in zip(names, blocks, strict=True):
                 if name not in self._sizes and name not in self._waiting and len(self._waiting) < _MAX_WAITING:
                     self._waiting.add(name)
-                    data = [_bytes_of(block.keys), _bytes_of(block.values)]
+                    data = [_bytes_of(part) for part in block.parts]
                     self._writer.submit(self._write, name, _describe(block), data)
             # Parents last, so that they are the last to go.
             held = [name for name in reversed(names) if name in self._sizes]
@@ -98,7 +101,7 @@ class BlockFiles:
             if size <= self._max_bytes:
                 self._drop_until(self._max_bytes - size)
                 with temporary.open("wb") as file:
-                    file.write(_head(tensors, data))
+                    file.write(_head(tensors, data, self._kv_bits))
                     for part in data:
                         file.write(part.data)
                 temporary.replace(path)
@@ -137,40 +140,50 @@ def _bytes_of(array: mx.array) -> NDArray[np.uint8]:
 
 
 def _describe(block: KVBlock) -> dict[str, object]:
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    split, end = int(block.keys.nbytes), block.nbytes
-    return {
-        "keys": {"dtype": names[block.keys.dtype], "shape": [block.keys.size], "data_offsets": [0, split]},
-        "values": {"dtype": names[block.values.dtype], "shape": [block.values.size], "data_offsets": [split, end]},
-    }
+    dtypes = {dtype: name for name, dtype in _DTYPES.items()}
+    tensors: dict[str, object] = {}
+    start = 0
+    for name, part in zip(_names(len(block.parts)), block.parts, strict=True):
+        end = start + int(part.nbytes)
+        tensors[name] = {"dtype": dtypes[part.dtype], "shape": [part.size], "data_offsets": [start, end]}
+        start = end
+    return tensors
 
 
-def _checksum(tensors: object, data: list[NDArray[np.uint8]]) -> str:
-    digest = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
+def _names(parts: int) -> list[str]:
+    return [each + kind for each in ("keys", "values") for kind in _KINDS[parts]]
+
+
+def _checksum(tensors: object, data: list[NDArray[np.uint8]], kv_bits: object) -> str:
+    digest = hashlib.sha256(json.dumps([kv_bits, tensors], sort_keys=True).encode())
     for part in data:
         digest.update(part.data)
     return digest.hexdigest()
 
 
-def _head(tensors: dict[str, object], data: list[NDArray[np.uint8]]) -> bytes:
-    header = json.dumps({"__metadata__": {"sha256": _checksum(tensors, data)}, **tensors}).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header
+def _head(tensors: dict[str, object], data: list[NDArray[np.uint8]], kv_bits: int | None) -> bytes:
+    bits = str(kv_bits)  # metadata is text
+    header = json.dumps({"__metadata__": {"sha256": _checksum(tensors, data, bits), "kv_bits": bits}, **tensors})
+    header += " " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header.encode()
 
 
-def _decode(content: NDArray[np.uint8]) -> KVBlock:
-    """Raises ValueError for anything but a whole file of ours."""
+def _decode(content: NDArray[np.uint8], kv_bits: int | None) -> KVBlock:
+    """Raises ValueError for anything but a whole file of ours that holds so many bits."""
     length = int.from_bytes(content[:8].tobytes(), "little")
     if len(content) < 8 or length > min(_MAX_HEADER_BYTES, len(content) - 8):
         raise ValueError("the file is cut or no safetensors file")
     tensors, data = json.loads(content[8 : 8 + length].tobytes()), content[8 + length :]
     metadata = tensors.pop("__metadata__", None) if isinstance(tensors, dict) else None
-    if not isinstance(metadata, dict) or metadata.get("sha256") != _checksum(tensors, [data]):
+    bits = metadata.get("kv_bits") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("sha256") != _checksum(tensors, [data], bits):
         raise ValueError("the checksum is wrong")
+    if bits != str(kv_bits):
+        raise ValueError(f"its keys and values have {bits} bits, not {kv_bits}")
     # What the checksum covers was written here.
     arrays = []
-    for name in ("keys", "values"):
+    for name in _names(len(tensors)):
         start, end = tensors[name]["data_offsets"]
         arrays.append(mx.array(data[start:end]).view(_DTYPES[tensors[name]["dtype"]]))
     mx.eval(arrays)
-    return KVBlock(*arrays)
+    return KVBlock(tuple(arrays))

@@ -19,12 +19,12 @@ _FEATURE_SHARE = 0.25
 
 
 def make_caches(config: EngineConfig, specs: Sequence[KVSpec], free_bytes: int) -> tuple[PrefixCache, FeatureCache]:
-    """They share a part of what the model leaves free. Raises UsageError."""
-    files, root = None, sha256(repr((1, config.model_id, list(specs))).encode()).digest()
+    """They share a part of what the model leaves free; `specs` say how blocks are held. Raises UsageError."""
+    files, root = None, sha256(repr((2, config.model_id, list(specs))).encode()).digest()
     if config.prefix_cache_dir is not None:
         if not config.model_id:
             raise UsageError("prefix_cache_dir needs a model_id: models that share files must be told apart")
-        files = BlockFiles(config.prefix_cache_dir, config.prefix_cache_dir_bytes)
+        files = BlockFiles(config.prefix_cache_dir, config.prefix_cache_dir_bytes, config.kv_bits)
     budget = device.cache_budget(free_bytes)
     of_features = int(budget * _FEATURE_SHARE)
     prefixes, features = config.prefix_cache_bytes, config.feature_cache_bytes

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.prefix_cache import BLOCK_TOKENS
+from mlxvlm.errors import UsageError
+
+KV_BITS = (8, 4)
+KV_GROUP_SIZES = (32, 64, 128)  # of mx.quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,11 @@ class EngineConfig:
     max_queue_bytes: int = 2 << 30  # of their pictures
     max_memory_bytes: int | None = None  # for weights and rows; None: what the device recommends
     timeout_s: float | None = None  # of requests that bring none
+    # Keys and values are quantised to so many bits, in groups of so many of a head's values, 32 where that does not
+    # divide it; None: they keep the model's type.
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    context_shift: bool = False  # an answer that reaches the end of the context goes on without its oldest half
     num_workers: int = 2  # threads that prepare prompts and images
     # Kept between requests; None: what device.cache_budget() gives both together. 0: nothing.
     prefix_cache_bytes: int | None = None
@@ -34,3 +44,18 @@ class EngineConfig:
     prefix_cache_dir: Path | None = None
     prefix_cache_dir_bytes: int = 10 << 30
     model_id: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError."""
+        if self.kv_bits is not None and self.kv_bits not in KV_BITS:
+            raise UsageError(f"kv_bits must be 8 or 4, or None for unquantised keys and values, not {self.kv_bits!r}")
+        if self.kv_group_size not in KV_GROUP_SIZES:
+            raise UsageError(f"kv_group_size must be one of {KV_GROUP_SIZES}, not {self.kv_group_size!r}")
+
+
+class EngineOptions(TypedDict, total=False):
+    """The fields of EngineConfig that doors pass on as they are."""
+
+    kv_bits: int | None
+    kv_group_size: int
+    context_shift: bool

@@ -20,12 +20,13 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-from mlxvlm.engine import admission, device
+from mlxvlm.engine import admission, context, device
 from mlxvlm.engine.admission import Admission
 from mlxvlm.engine.caches import make_caches
 from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.constraints import Constraints
 from mlxvlm.engine.failures import failure_of
+from mlxvlm.engine.kv_layout import quantised
 from mlxvlm.engine.request import Completion, FinishReason, Request
 from mlxvlm.engine.runner import ModelRunner, Step
 from mlxvlm.engine.sampler import read
@@ -35,7 +36,7 @@ from mlxvlm.engine.stats import CacheStats, EngineStats
 from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import EngineClosedError, InputError, InternalError, MlxvlmError, OverloadedError, UsageError
 from mlxvlm.models.base import VisionLanguageModel
-from mlxvlm.processors.base import Processor, Prompt, check_messages
+from mlxvlm.processors.base import Processor, Prompt
 
 Command: TypeAlias = Callable[[], None]
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
@@ -152,13 +153,10 @@ class Engine:
         """Runs in the pool."""
         if sequence.sampling.grammar is not None:
             sequence.constraint = self._constraints.compile(sequence.sampling.grammar)
-        if request.prompt is not None:
-            return request.prompt
-        check_messages(request.messages)
-        num_images, limit = sum(len(message.images) for message in request.messages), self.config.max_images
-        if num_images > limit:
-            raise InputError(f"the request has {num_images} images, but the limit is {limit}: send fewer")
-        return self.processor(request.messages, request.template, request.image_options)
+        prompt = context.make_prompt(self.processor, self.config, request, sequence.sampling.max_tokens)
+        if self.config.context_shift:
+            sequence.keep = context.kept_beginning(self.processor, request, prompt)
+        return prompt
 
     # Everything below runs on the engine thread.
 
@@ -187,8 +185,9 @@ class Engine:
             budget = self.config.max_memory_bytes
             budget = device.default_budget() if budget is None else budget
             used = device.memory().active_bytes
-            caches = make_caches(self.config, model.kv_specs, budget - used)
-            self._runner = ModelRunner(model, *caches, self.config.prefill_chunk)
+            specs = quantised(model.kv_specs, self.config.kv_bits, self.config.kv_group_size)
+            caches = make_caches(self.config, specs, budget - used)
+            self._runner = ModelRunner(model, *caches, self.config.prefill_chunk, specs)
             self._vocab_size = model.vocab_size
             self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
             self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), self._runner.sizes)
@@ -308,6 +307,8 @@ class Engine:
                 self._generated += 1
                 if row.done:
                     self._forget(row)
+                elif row.outgrows:
+                    self._guarded([row], partial(row.shift, self.config.max_context))
 
     def _advance(self, sequence: Sequence, is_decoding: bool) -> None:
         if not sequence.started:
@@ -334,16 +335,14 @@ class Engine:
         prompt = future.result()
         config = self.config
         admission.check(prompt, self.processor.image_token_id, self._vocab_size, config.max_context)
-        room = config.max_context - len(prompt.token_ids)
-        wanted = sequence.sampling.max_tokens
-        max_tokens = min(admission.ANSWER_STEP if wanted is None else wanted, room)
-        need = self._admission.need(prompt, max_tokens)
+        max_tokens, longest, room = context.limits(config, prompt, sequence.sampling.max_tokens)
+        need = self._admission.need(prompt, max_tokens, config.max_context if longest > room else 0)
         self._admission.check(need)
         pixels = sum(int(image.pixels.nbytes) for image in prompt.images)
         if self._scheduler.queued_bytes and self._scheduler.queued_bytes + pixels > config.max_queue_bytes:
             raise OverloadedError("the pictures of waiting requests fill the queue: try again")
         sequence.begin(prompt, self.processor, max_tokens, config.eos_token_ids)
-        sequence.need, sequence.longest = need, room if wanted is None else max_tokens
+        sequence.need, sequence.longest, sequence.full = need, longest, room
         self._scheduler.add(sequence)
 
     def _watch(self, sequence: Sequence) -> None:

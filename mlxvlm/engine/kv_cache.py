@@ -1,6 +1,6 @@
 """Keys and values of all rows, and attention over them. Knows lengths and slots, not what a row says.
 
-Rows of similar length share a group: one buffer [slots, K, capacity, Dh] a layer, each row at the left of its slot, so
+Rows of similar length share a group: buffers [slots, K, capacity, Dh] a layer, each row at the left of its slot, so
 that rows join, grow and leave without moving the others. A row is never in a group with rows of more than twice its
 length (512 tokens and fewer count as equal), which bounds what padding costs; the linear layers still run over all rows
 at once, and only attention runs group by group.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlxvlm.engine.kv_layout import attend, encode, part_widths
 from mlxvlm.models.base import KVSpec
 
 _STEP = 256  # tokens; capacities are multiples, as sizes that change at every step defeat MLX's buffer reuse
@@ -32,14 +33,13 @@ def length_class(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class KVBlock:
-    """A copy of some positions of one row, all layers in one array, as MLX limits how many buffers there are."""
+    """A copy of some positions of one row, all layers in one array a part, as MLX limits how many buffers there are."""
 
-    keys: mx.array  # layer after layer of [K, positions, Dh]
-    values: mx.array
+    parts: tuple[mx.array, ...]  # of kv_layout, each layer after layer of [K, positions, width]
 
     @property
     def nbytes(self) -> int:
-        return int(self.keys.nbytes + self.values.nbytes)
+        return sum(int(part.nbytes) for part in self.parts)
 
 
 class KVGroup:
@@ -52,9 +52,8 @@ class KVGroup:
         self.kind = length_class(0)
         self._slots = 0
         self._capacity = 0
-        # None until the first write, which brings the dtype.
-        self._keys: list[mx.array | None] = [None] * len(specs)
-        self._values: list[mx.array | None] = [None] * len(specs)
+        # Each layer's parts [slots, K, capacity, width]; none until the first write, which brings the dtype.
+        self._layers: list[list[mx.array]] = [[] for _ in specs]
 
     @classmethod
     def single(cls, specs: Sequence[KVSpec], owner: int, blocks: Sequence[KVBlock] = (), length: int = 0) -> KVGroup:
@@ -68,11 +67,11 @@ class KVGroup:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, empty slots included."""
-        return sum(int(buffer.nbytes) for buffer in (*self._keys, *self._values) if buffer is not None)
+        return sum(int(buffer.nbytes) for buffer in self.arrays)
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [buffer for buffer in (*self._keys, *self._values) if buffer is not None]
+        return [buffer for buffers in self._layers for buffer in buffers]
 
     def reserve(self, new: int) -> None:
         """Room for `new` more tokens in every row."""
@@ -90,13 +89,11 @@ class KVGroup:
         capacity = max(self._capacity, capacity_for(max(length, 1)))
         if (slots, capacity) != (self._slots, self._capacity):
             self._resize(slots, capacity)
-        for mine, theirs in ((self._keys, row._keys), (self._values, row._values)):
-            for layer, source in enumerate(theirs):
-                if source is None or not length:
-                    continue
-                target = self._buffer(mine, layer, source)
-                target[slot : slot + 1, :, :length] = source[:, :, :length]
-                mine[layer] = target
+        for layer, sources in enumerate(row._layers):
+            if sources and length:
+                for target, source in zip(self._buffers(layer, sources), sources, strict=True):
+                    target[slot : slot + 1, :, :length] = source[:, :, :length]
+                    target[slot : slot + 1, :, length:] = 0  # of a row that was here: NaN comes through any mask
         self.owners.append(row.owners[0])
         self.lengths.append(length)
 
@@ -107,6 +104,7 @@ class KVGroup:
             length = self.lengths[last]
             for buffer in self.arrays:
                 buffer[slot : slot + 1, :, :length] = buffer[last : last + 1, :, :length]
+                buffer[slot : slot + 1, :, length:] = 0  # as in join()
             self.owners[slot], self.lengths[slot] = self.owners[last], self.lengths[last]
         self.owners.pop()
         self.lengths.pop()
@@ -120,11 +118,11 @@ class KVGroup:
         row = KVGroup.single(self.specs, owner)
         row.lengths = [self.lengths[slot]]
         row._capacity = min(self._capacity, capacity_for(max(row.lengths[0], 1)))
-        for mine, theirs in ((self._keys, row._keys), (self._values, row._values)):
-            for layer, buffer in enumerate(mine):
-                if buffer is not None:
-                    # A copy: a view would keep the whole buffer alive and make the next write copy it.
-                    theirs[layer] = mx.contiguous(buffer[slot : slot + 1, :, : row._capacity])
+        # Copies: a view would keep the whole buffer alive and make the next write copy it.
+        row._layers = [
+            [mx.contiguous(buffer[slot : slot + 1, :, : row._capacity]) for buffer in buffers]
+            for buffers in self._layers
+        ]
         mx.eval(row.arrays)
         self.remove(owner)
         return row
@@ -132,14 +130,13 @@ class KVGroup:
     def copy(self, owner: int, start: int, end: int) -> KVBlock:
         """Positions [start, end) of a row; not evaluated yet."""
         slot = self.owners.index(owner)
-        keys, values = (
-            # No view, which would keep the whole buffer alive and make the next write copy it.
-            mx.contiguous(
-                mx.concatenate([buffer[slot, :, start:end].flatten() for buffer in buffers if buffer is not None])
+        # No views, which would keep the whole buffers alive and make the next write copy them.
+        return KVBlock(
+            tuple(
+                mx.contiguous(mx.concatenate([buffer[slot, :, start:end].flatten() for buffer in buffers]))
+                for buffers in zip(*filter(None, self._layers), strict=True)
             )
-            for buffers in (self._keys, self._values)
         )
-        return KVBlock(keys, values)
 
     def places(self, new: int) -> tuple[mx.array, mx.array]:
         """Where `new` tokens of each row go, the same in every layer: slots [B, 1], positions [B, L]."""
@@ -148,58 +145,56 @@ class KVGroup:
 
     def write(
         self, layer: int, keys: mx.array, values: mx.array, places: tuple[mx.array, mx.array] | None
-    ) -> tuple[mx.array, mx.array]:
-        """Appends [B, K, L, Dh]; what the rows hold now, [B, K, S, Dh], with padding after shorter rows.
+    ) -> list[mx.array]:
+        """Appends [B, K, L, Dh]; the parts that the rows hold now, [B, K, S, width], with padding after shorter rows.
 
         A row on its own needs no `places`: its tokens go in one slice.
         """
         count, new, start = keys.shape[0], keys.shape[2], self.lengths[0]
         held = max(self.lengths) + new
-        views = []
-        for buffers, fresh in ((self._keys, keys), (self._values, values)):
-            buffer = self._buffer(buffers, layer, fresh)
+        parts = encode(self.specs[layer], keys, values)
+        buffers = self._buffers(layer, parts)
+        for buffer, fresh in zip(buffers, parts, strict=True):
             if places is None:
                 buffer[:1, :, start : start + new] = fresh
             else:
                 slots, positions = places
                 buffer[slots, :, positions] = fresh.transpose(0, 2, 1, 3)
-            buffers[layer] = buffer
-            views.append(buffer[:count, :, :held])
-        return views[0], views[1]
+        return [buffer[:count, :, :held] for buffer in buffers]
 
-    def _buffer(self, buffers: list[mx.array | None], layer: int, like: mx.array) -> mx.array:
-        buffer = buffers[layer]
-        if buffer is None:
-            spec = self.specs[layer]
-            buffer = mx.zeros((self._slots, spec.num_kv_heads, self._capacity, spec.head_dim), like.dtype)
-        return buffer
+    def _buffers(self, layer: int, like: Sequence[mx.array]) -> list[mx.array]:
+        if not self._layers[layer]:
+            room = (self._slots, self.specs[layer].num_kv_heads, self._capacity)
+            self._layers[layer] = [mx.zeros((*room, part.shape[-1]), part.dtype) for part in like]
+        return self._layers[layer]
 
     def _fill(self, blocks: Sequence[KVBlock]) -> None:
-        per_token = sum(spec.num_kv_heads * spec.head_dim for spec in self.specs)
-        sizes = [block.keys.size // per_token for block in blocks]
+        # Values of a position, for each layer and part.
+        widths = [[spec.num_kv_heads * width for width in part_widths(spec)] for spec in self.specs]
+        first_part = sum(layer[0] for layer in widths)
+        sizes = [block.parts[0].size // first_part for block in blocks]
         held = sum(sizes)
         self._capacity = capacity_for(held + 1)  # what comes next fits without another copy
-        for mine, flat in ((self._keys, [b.keys for b in blocks]), (self._values, [b.values for b in blocks])):
+        for part, flat in enumerate(zip(*(block.parts for block in blocks), strict=True)):
             first = 0  # of the layer, in each position
             for layer, spec in enumerate(self.specs):
-                heads, last = spec.num_kv_heads, first + spec.num_kv_heads * spec.head_dim
+                heads, last = spec.num_kv_heads, first + widths[layer][part]
                 pieces = [
                     array[first * size : last * size].reshape(1, heads, size, -1)
                     for array, size in zip(flat, sizes, strict=True)
                 ]
-                rest = mx.zeros((1, heads, self._capacity - held, spec.head_dim), flat[0].dtype)
-                mine[layer] = mx.concatenate([*pieces, rest], axis=2)
+                rest = mx.zeros((1, heads, self._capacity - held, pieces[0].shape[-1]), flat[0].dtype)
+                self._layers[layer].append(mx.concatenate([*pieces, rest], axis=2))
                 first = last
         mx.eval(self.arrays)
 
     def _resize(self, slots: int, capacity: int) -> None:
         rows, filled = len(self.owners), min(self._capacity, capacity)
-        for buffers in (self._keys, self._values):
-            for layer, old in enumerate(buffers):
-                if old is not None:
-                    grown = mx.zeros((slots, old.shape[1], capacity, old.shape[3]), old.dtype)
-                    grown[:rows, :, :filled] = old[:rows, :, :filled]
-                    buffers[layer] = grown
+        for buffers in self._layers:
+            for part, old in enumerate(buffers):
+                grown = mx.zeros((slots, old.shape[1], capacity, old.shape[3]), old.dtype)
+                grown[:rows, :, :filled] = old[:rows, :, :filled]
+                buffers[part] = grown
         self._slots, self._capacity = slots, capacity
 
 
@@ -219,19 +214,17 @@ class LayerCache:
         for group, places in zip(self._forward.groups, self._forward.places, strict=True):
             rows = slice(first, first + len(group.owners))
             first = rows.stop
-            held_keys, held_values = group.write(self._layer, keys[rows], values[rows], places)
-            mixed.append(self._attend(group, queries[rows], held_keys, held_values, scale))
+            parts = group.write(self._layer, keys[rows], values[rows], places)
+            mixed.append(self._attend(group, queries[rows], parts, scale))
         return mixed[0] if len(mixed) == 1 else mx.concatenate(mixed)
 
-    def _attend(self, group: KVGroup, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    def _attend(self, group: KVGroup, queries: mx.array, parts: list[mx.array], scale: float) -> mx.array:
         spec = group.specs[self._layer]
         if len(group.owners) == 1 and queries.shape[2] == 1:
             # One token of one row sees everything from its window's or chunk's first position on: no mask.
             first = _first_visible(spec, group.lengths[0])
-            keys, values, mask = keys[:, :, first:], values[:, :, first:], None
-        else:
-            mask = self._forward.mask(group, spec)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+            return attend(spec, queries, [part[:, :, first:] for part in parts], scale, None)
+        return attend(spec, queries, parts, scale, self._forward.mask(group, spec))
 
 
 class KVPass:

@@ -105,7 +105,7 @@ class PrefixCache:
                 block = copy(held * size, (held + 1) * size)
                 if not self._make_room(block.nbytes, own):
                     break
-                mx.eval(block.keys, block.values)
+                mx.eval(block.parts)
                 self._blocks[keys[held]] = block
                 self.nbytes += block.nbytes
                 held += 1

@@ -20,7 +20,8 @@ class Request:
     sampling: None for what the checkpoint itself says. template: extra variables for its chat template.
     image_options: how its pictures are resized, for models that let a request choose.
     timeout_s: the answer ends after so many seconds with what there is, finish_reason "timeout"; None for the engine's.
-    prompt: for callers that have run the processor themselves; the messages are then not looked at.
+    prompt: for callers that have run the processor themselves; of the messages only the system turn is then looked at.
+    truncate: where the messages are too long for the context, the oldest exchanges after the system turn are dropped.
     """
 
     messages: Sequence[Message] = ()
@@ -29,6 +30,7 @@ class Request:
     image_options: ImageOptions = AS_THE_CHECKPOINT
     timeout_s: float | None = None
     prompt: Prompt | None = field(default=None, repr=False)
+    truncate: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.engine.prefix_cache import PrefixCache
 from mlxvlm.engine.sampler import Sampled, sample
 from mlxvlm.engine.sequence import Phase, Sequence
-from mlxvlm.models.base import RowState, VisionLanguageModel
+from mlxvlm.models.base import KVSpec, RowState, VisionLanguageModel
 from mlxvlm.processors.base import PreparedImage
 
 # Pixels that go through the tower at once: 16 frames of 512 x 512 x 3. More saves little and costs memory.
@@ -44,10 +44,13 @@ class ModelRunner:
         prefixes: PrefixCache | None = None,
         features: FeatureCache | None = None,
         prefill_chunk: int = 2048,
+        kv_specs: Seq[KVSpec] | None = None,
     ) -> None:
+        """`kv_specs`: the model's, with what kv_layout.quantised() makes of them."""
         self.model = model
+        self.kv_specs = model.kv_specs if kv_specs is None else kv_specs
         self.batch = KVBatch()
-        self.sizes = _sizes(model, prefill_chunk)
+        self.sizes = _sizes(model, self.kv_specs, prefill_chunk)
         self.prefixes = prefixes or PrefixCache(0)
         self.features = features or FeatureCache(0)
         self.encoded_images = 0
@@ -61,9 +64,10 @@ class ModelRunner:
         self.prefixes.extend(sequence.block_keys, prompt.token_ids, prompt.images)
         if self.prefixes.fetch(sequence.block_keys):
             return
-        sequence.kv = KVGroup.single(self.model.kv_specs, sequence.id)
+        sequence.kv = KVGroup.single(self.kv_specs, sequence.id)
         self._skip_held(sequence)
-        self.prefixes.record(bool(sequence.cached_tokens))
+        if not sequence.token_ids:  # else it is no new prompt, but a shift
+            self.prefixes.record(bool(sequence.cached_tokens))
         sequence.needed = self.model.needed_images(prompt, sequence.prefilled)
         waiting = self._waiting_images(sequence)
         self.features.record(len(sequence.needed) - len(waiting), len(waiting))
@@ -129,8 +133,9 @@ class ModelRunner:
         held = min(self.prefixes.count(keys) * size, sequence.prefill_length)
         if held > sequence.prefilled:
             blocks = self.prefixes.lookup(keys)
-            sequence.kv = KVGroup.single(self.model.kv_specs, sequence.id, blocks, held)
-            sequence.cached_tokens += held - sequence.prefilled
+            sequence.kv = KVGroup.single(self.kv_specs, sequence.id, blocks, held)
+            if not sequence.token_ids:
+                sequence.cached_tokens += held - sequence.prefilled
             sequence.prefilled = held
 
     def _store(self, sequence: Sequence, group: KVGroup, ids: Seq[int]) -> None:
@@ -182,18 +187,19 @@ class ModelRunner:
             return
         try:
             if not sequence.failed:
-                self._store(sequence, group, [*sequence.prompt.token_ids, *sequence.token_ids])
+                self._store(sequence, group, sequence.ids)
         finally:
             self.batch.remove(sequence.id)
 
 
-def _sizes(model: VisionLanguageModel, prefill_chunk: int) -> Sizes:
+def _sizes(model: VisionLanguageModel, specs: Seq[KVSpec], prefill_chunk: int) -> Sizes:
     embeds = model.embed_tokens(mx.zeros((1, 1), mx.uint32), [RowState()]).embeds  # never evaluated
-    hidden, head_dim = embeds.shape[-1], model.kv_specs[0].head_dim
+    hidden, head_dim = embeds.shape[-1], specs[0].head_dim
+    unpacked = [replace(spec, bits=None).bytes_per_token(embeds.dtype) for spec in specs if spec.bits is not None]
     is_fused = device.is_gpu() and head_dim in _FUSED_HEAD_DIMS
     return Sizes(
-        kv_token=sum(spec.bytes_per_token(embeds.dtype) for spec in model.kv_specs),
-        num_layers=len(model.kv_specs),
+        kv_token=sum(spec.bytes_per_token(embeds.dtype) for spec in specs),
+        num_layers=len(specs),
         hidden=hidden,
         itemsize=embeds.dtype.size,
         vocab_size=model.vocab_size,
@@ -202,6 +208,7 @@ def _sizes(model: VisionLanguageModel, prefill_chunk: int) -> Sizes:
         state_bytes=getattr(model, "state_bytes", lambda prompt: 0),
         prefill_chunk=prefill_chunk,
         vision_batch=_VISION_BATCH,
+        unpacked_token=max(unpacked, default=0),
     )
 
 

@@ -74,8 +74,9 @@ class Scheduler:
         This comes before admission: what runs goes before what waits.
         """
         for row in self.decoding:
-            if row.launched < row.max_tokens < row.longest and row.launched + ANSWER_STEP // 2 >= row.max_tokens:
-                max_tokens = min(row.max_tokens + ANSWER_STEP, row.longest)
+            end = min(row.longest, row.full)
+            if row.launched < row.max_tokens < end and row.launched + ANSWER_STEP // 2 >= row.max_tokens:
+                max_tokens = min(row.max_tokens + ANSWER_STEP, end)
                 need = replace(row.need, length=row.need.length + max_tokens - row.max_tokens)
                 if self._admission.reserve(row.id, need):
                     row.need, row.max_tokens = need, max_tokens

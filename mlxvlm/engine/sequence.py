@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlxvlm.engine.admission import Need
 from mlxvlm.engine.constraints import Constraint
+from mlxvlm.engine.context import shifted
 from mlxvlm.engine.detokenizer import Detokenizer
 from mlxvlm.engine.kv_cache import KVGroup
 from mlxvlm.engine.params import SamplingParams
@@ -31,7 +32,7 @@ _PATCH_VALUES = 14 * 14 * 3  # pixel values that cost a tower about what a token
 
 
 class Phase(Enum):
-    """Where a sequence is. It only moves forward."""
+    """Where a sequence is. It only moves forward, but for shift()."""
 
     PREPARING = auto()  # in the pool: images, template, token ids
     VISION = auto()
@@ -56,7 +57,8 @@ class Sequence:
         self.preparing: Future[Prompt] | None = None  # until it is prepared
         self.prompt = Prompt(())
         self.constraint: Constraint | None = None
-        self.image_tokens = 0
+        self.keep = 0  # tokens at the beginning that a shift does not drop
+        self.prompt_tokens = self.image_tokens = 0
         self.cached_tokens = 0
         self.failed = False
         self.token_ids: list[int] = []  # generated and delivered
@@ -64,8 +66,22 @@ class Sequence:
     def begin(self, prompt: Prompt, processor: Processor, max_tokens: int, eos: frozenset[int]) -> None:
         """The prompt is ready: everything that generating needs is set up. A limit may be raised while it runs."""
         sampling = self.sampling
-        self.prompt = prompt
+        self.prompt_tokens = len(prompt.token_ids)
         self.image_tokens = prompt.token_ids.count(processor.image_token_id) if prompt.images else 0
+        self.launched = 0  # sampled on the device, read or not
+        # Memory is reserved for the first; the second is what may come, the third what the context has room for.
+        self.max_tokens = self.longest = self.full = max_tokens
+        self.need = Need(0, 0, 0)
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+        self.sampler = RowSampler(sampling, prompt.token_ids, self.token_ids, processor.tokenizer.decode)
+        self._detokenizer = Detokenizer(processor.tokenizer.decode)
+        self._stops = StopMatcher(sampling.stop)
+        self.prepared = time.perf_counter()
+        self._start(prompt)
+
+    def _start(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self._before = len(self.token_ids)  # generated tokens that a shift has made part of the prompt, or dropped
         self.block_keys: list[bytes] = []  # of the prefix cache, as far as ids are known
         self.features: list[mx.array | None] = [None] * len(prompt.images)
         self.needed: Seq[int] = ()  # images that must have features
@@ -73,15 +89,27 @@ class Sequence:
         self.state = RowState()
         self.kv: KVGroup | None = None  # its own until it joins the batch
         self.prefilled = 0
-        self.launched = 0  # sampled on the device, read or not
-        self.max_tokens = self.longest = max_tokens  # memory is reserved for the first, the second is what may come
-        self.need = Need(0, 0, 0)
-        self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
-        self.sampler = RowSampler(sampling, prompt.token_ids, self.token_ids, processor.tokenizer.decode)
-        self._detokenizer = Detokenizer(processor.tokenizer.decode)
-        self._stops = StopMatcher(sampling.stop)
-        self.prepared = time.perf_counter()
         self.phase = Phase.VISION if prompt.images else Phase.PREFILL
+
+    @property
+    def outgrows(self) -> bool:
+        """Whether the context is full before the answer's end: shift() is due."""
+        return not self.done and self.full <= len(self.token_ids) < self.longest
+
+    def shift(self, max_context: int) -> None:
+        """Goes on as a prompt of what is kept of prompt and answer; all that the reader sees stays as it is.
+
+        What is reserved is enough, as it was for a full context.
+        """
+        prompt = shifted(self.prompt, self.token_ids[self._before :], self.keep)
+        self._start(prompt)
+        self.full = len(self.token_ids) + max_context - len(prompt.token_ids)
+        self.max_tokens = min(self.longest, self.full)
+
+    @property
+    def ids(self) -> list[int]:
+        """What its row holds: the prompt, and what was generated after it."""
+        return [*self.prompt.token_ids, *self.token_ids[self._before :]]
 
     def start_clock(self) -> None:
         """The engine turns to this sequence for the first time."""
@@ -124,7 +152,7 @@ class Sequence:
         text = self._stops.feed(self._detokenizer.feed(token_id))
         if self._stops.stopped:
             self._end("stop", text, (token_id,), logprobs)
-        elif len(self.token_ids) >= self.max_tokens:
+        elif len(self.token_ids) >= self.max_tokens and not self.outgrows:
             self._end("length", text + self._flush(), (token_id,), logprobs)
         else:
             self.stream.put(Delta(text, (token_id,), logprobs))
@@ -165,7 +193,7 @@ class Sequence:
         started = self.started or prepared
         first = self.first_token or now
         return Usage(
-            prompt_tokens=len(self.prompt.token_ids),
+            prompt_tokens=self.prompt_tokens,
             completion_tokens=len(self.token_ids),
             image_tokens=self.image_tokens,
             prepare_s=prepared - self.submitted,

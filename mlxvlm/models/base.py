@@ -18,15 +18,22 @@ class KVSpec:
     """What one self-attention layer keeps for each position, and which positions it may look back to.
 
     window: only the last `window` positions are visible (Mistral). chunk: only positions of the same chunk (Llama 4).
+    bits, group_size: how the engine holds keys and values, as mx.quantize's; None, which models say: as they are.
     """
 
     num_kv_heads: int
     head_dim: int
     window: int | None = None
     chunk: int | None = None
+    bits: int | None = None
+    group_size: int = 64
 
     def bytes_per_token(self, dtype: mx.Dtype) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * int(dtype.size)
+        """Keys and values of one position; quantised, with a scale and a bias of `dtype` for each group."""
+        values = 2 * self.num_kv_heads * self.head_dim
+        if self.bits is None:
+            return values * int(dtype.size)
+        return values * self.bits // 8 + 2 * values // self.group_size * int(dtype.size)
 
 
 @dataclass(frozen=True, slots=True)

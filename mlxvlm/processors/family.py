@@ -133,7 +133,10 @@ class FamilyProcessor(ABC, Generic[Settings]):
         images = []
         filled = 0
         for source in sources:
-            images.append(self.prepare_image(load_image(source), options))
+            if isinstance(source, PreparedImage):  # of an earlier prompt with the same picture
+                images.append((source.pixels, source.layout, source.digest))
+            else:
+                images.append(self.prepare_image(load_image(source), options))
             filled += self.num_placeholders(*images[-1][:2])
             if filled >= self.max_context:
                 raise ContextLengthError(

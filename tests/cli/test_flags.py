@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 
 import mlxvlm
+from mlxvlm import runner
 from mlxvlm.cli import main, progress
 from mlxvlm.engine import device
+from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.detokenizer import Detokenizer
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.engine.stream import Stream
+from tests.checkpoint.wide import write_wide
 from tests.golden import GOLDENS
 
 MODEL = str(GOLDENS / "idefics3_split")
@@ -239,3 +242,24 @@ def test_max_memory(capsys: Capture, monkeypatch: Patch) -> None:
     assert "quantise the model (--isq), or raise the budget (--max-memory)" in capsys.readouterr().err
     assert run("--max-memory", "0") == 2
     assert "--max-memory is a number of gigabytes above 0, not 0" in capsys.readouterr().err
+
+
+def test_kv_flags(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    built: list[EngineConfig] = []
+
+    class Spy(Engine):
+        def __init__(self, build: Any, processor: Any, config: EngineConfig, progress: Any = None) -> None:
+            built.append(config)
+            super().__init__(build, processor, config, progress)
+
+    monkeypatch.setattr(runner, "Engine", Spy)
+    model = str(write_wide(tmp_path, "idefics3"))
+    assert run(model=model) == 0
+    assert run("--kv-bits", "4", "--kv-group-size", "32", "--context-shift", model=model) == 0
+    mlxvlm.load(model, kv_bits=8, context_shift=True).close()
+    found = [(config.kv_bits, config.kv_group_size, config.context_shift) for config in built]
+    assert found == [(None, 64, False), (4, 32, True), (8, 64, True)]
+    assert run("--kv-bits", "8") == 4
+    assert "heads have 16 values" in capsys.readouterr().err
+    assert run("--kv-bits", "8", "--kv-group-size", "48") == 2
+    assert "kv_group_size must be one of (32, 64, 128), not 48" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,9 @@ def test_what_a_row_needs() -> None:
     assert of_text == Need(28, 9 * 5 * 2 + 32 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 9) * 2)
     with_pictures = Prompt((1,) * 9, (picture(70), picture(60)))
     assert Admission(10**9, 0, sizes).need(with_pictures, 1) == Need(9, 2 * 90 + 4 * 130 + 2000 + 352, 80 * 100 * 2)
+    # What an answer that outgrows the context may run again, and one layer's keys and values in full.
+    again = Admission(10**9, 0, replace(sizes, unpacked_token=13)).need(Prompt((1,) * 9), 20, 50)
+    assert again == Need(28, 50 * 5 * 2 + 32 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 50) * 2 + 13 * 50)
     large = Prompt((1,) * 9, (picture(700),))
     assert Admission(10**9, 0, sizes).need(large, 1).work == 80 * 700 * 2
 
@@ -77,21 +81,26 @@ def test_reserved_bytes_come_back() -> None:
 EVENTS = st.lists(st.tuples(st.sampled_from("jjdddddr"), st.integers(1, 40), st.integers(1, 40)), max_size=60)
 
 
+LAYOUTS = [SPEC, KVSpec(1, 32, bits=8, group_size=32), KVSpec(1, 32, bits=4, group_size=32)]
+
+
+@pytest.mark.parametrize("spec", LAYOUTS, ids=["plain", "8-bits", "4-bits"])
 @settings(deadline=None, max_examples=60)
-@given(EVENTS)
-def test_no_batch_outgrows_what_its_rows_pay_for(events: list[tuple[str, int, int]]) -> None:
+@given(events=EVENTS)
+def test_no_batch_outgrows_what_its_rows_pay_for(spec: KVSpec, events: list[tuple[str, int, int]]) -> None:
     """Rows join, decode to their ends and leave; the buffers stay below the sum over rows of two slots."""
+    sizes = replace(PLAIN, kv_token=spec.bytes_per_token(mx.float32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "_STEP", 4)
         patch.setattr(kv_cache, "_SHORT", 8)
-        rows, batch = Admission(10**9, 0, PLAIN), KVBatch()
+        rows, batch = Admission(10**9, 0, sizes), KVBatch()
         left: dict[int, int] = {}
         high = 0  # a row alone may keep the room of a group that was admitted with it
         for number, (event, length, more) in enumerate(events):
             if event == "j":
                 rows.reserve(number, Need(length + more, 0, 0))
                 high = rows.reserved if len(left) == 0 else max(high, rows.reserved)
-                group = KVGroup.single([SPEC], number)
+                group = KVGroup.single([spec], number)
                 extend([group], length)
                 left[number] = more
                 batch.join(group)
@@ -124,7 +133,7 @@ def extend(groups: list[KVGroup], new: int) -> None:
 
 
 def write(forward: KVPass, rows: int, new: int) -> None:
-    values = mx.zeros((rows, 1, new, 4))
+    values = mx.zeros((rows, 1, new, forward.groups[0].specs[0].head_dim))
     forward.layers[0].attend(values, values, values, 1.0)
     forward.commit()
 
@@ -152,11 +161,13 @@ class Wide(FakeModel):
         return super().__call__(inputs, cache[-1:])
 
 
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
 @pytest.mark.parametrize("layers", [1, 4])
-def test_no_more_is_allocated_than_is_reserved(layers: int) -> None:
+def test_no_more_is_allocated_than_is_reserved(layers: int, kv_bits: int | None) -> None:
     """MLX's own counter, over rows of all lengths that come and go."""
     reserved: list[int] = []
-    with fake_engine(Wide(layers, lambda x: reserved.append(engine.stats().reserved_bytes)), max_rows=6) as engine:
+    model = Wide(layers, lambda x: reserved.append(engine.stats().reserved_bytes))
+    with fake_engine(model, max_rows=6, kv_bits=kv_bits) as engine:
         engine.generate(ask([1], 2))
         floor = mx.get_active_memory()
         mx.reset_peak_memory()

@@ -20,6 +20,7 @@ from mlxvlm.engine.block_files import BlockFiles
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.kv_cache import KVBlock
 from mlxvlm.errors import UsageError
+from mlxvlm.models.base import KVSpec
 from tests.fakes import FakeModel, answer, ask, fake_engine
 
 PLENTY = 1 << 20
@@ -28,11 +29,11 @@ IDS = list(range(1, 14))
 
 def block(value: float, size: int = 6, dtype: mx.Dtype = mx.float32) -> KVBlock:
     keys = (mx.arange(size) * 0.37 + value).astype(dtype)
-    return KVBlock(keys, -keys)
+    return KVBlock((keys, -keys))
 
 
 def same(one: KVBlock | None, other: KVBlock) -> bool:
-    pairs = [] if one is None else [(one.keys, other.keys), (one.values, other.values)]
+    pairs = [] if one is None else list(zip(one.parts, other.parts, strict=True))
     return bool(pairs) and all(a.dtype == b.dtype and bool(mx.array_equal(a, b)) for a, b in pairs)
 
 
@@ -51,8 +52,23 @@ def test_a_block_comes_back(tmp_path: Path, dtype: mx.Dtype) -> None:
     assert b"a" in files
     assert same(files.read(b"a"), kept)
     (path,) = (tmp_path / "new" / "folder").iterdir()
-    assert mx.array_equal(mx.load(str(path))["values"], kept.values)
+    assert mx.array_equal(mx.load(str(path))["values"], kept.parts[1])
     assert files.read(b"b") is None
+
+
+def packed() -> KVBlock:
+    words, scales = mx.arange(8, dtype=mx.uint32) << 28, (mx.arange(2) * 0.37).astype(mx.bfloat16)
+    return KVBlock((words, scales, -scales) * 2)
+
+
+def test_a_packed_block_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """To those who read as many bits."""
+    files = BlockFiles(tmp_path, PLENTY, 4)
+    files.keep([b"a"], [packed()])
+    files.close()
+    assert same(BlockFiles(tmp_path, PLENTY, 4).read(b"a"), packed())
+    assert BlockFiles(tmp_path, PLENTY, 8).read(b"a") is None
+    assert "have 4 bits, not 8" in caplog.text
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -162,8 +178,8 @@ def filing(folder: Path, model: FakeModel | None = None, **config: Any) -> Engin
     return fake_engine(model, **{**sizes, "prefix_cache_dir": folder, **config})
 
 
-def used_twice(folder: Path, **config: Any) -> None:
-    with filing(folder, **config) as engine:
+def used_twice(folder: Path, model: FakeModel | None = None, **config: Any) -> None:
+    with filing(folder, model, **config) as engine:
         for last in (3, 4):
             assert list(engine.generate(ask([*IDS, last], 3)).token_ids) == answer([*IDS, last], 3)
 
@@ -187,11 +203,13 @@ def test_a_prompt_used_once_is_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("other", [{"model_id": "another"}, {"prefix_block_tokens": 3}])
-def test_another_model_takes_nothing(tmp_path: Path, other: dict[str, Any]) -> None:
-    used_twice(tmp_path)
-    with filing(tmp_path, **other) as engine:
+@pytest.mark.parametrize("other", [{"model_id": "another"}, {"prefix_block_tokens": 3}, {"kv_bits": 8}, {"kv_bits": 4}])
+def test_another_model_takes_nothing(tmp_path: Path, other: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    narrow = FakeModel(KVSpec(1, 32))
+    used_twice(tmp_path, narrow)
+    with filing(tmp_path, narrow, **other) as engine:
         assert engine.generate(ask(IDS, 3)).usage.cached_tokens == 0
+    assert not caplog.text  # what is another's is not damaged
 
 
 def test_models_that_share_files_must_be_told_apart(tmp_path: Path) -> None:
@@ -211,7 +229,8 @@ def test_little_memory_takes_what_fits(tmp_path: Path, memory: int) -> None:
 
 def test_files_that_are_damaged_or_gone_are_computed_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     used_twice(tmp_path)
-    paths = sorted(tmp_path.iterdir())
+    # In the order of the chain, as the fake's keys are its ids, which rise.
+    paths = sorted(tmp_path.iterdir(), key=lambda path: mx.load(str(path))["keys"].max().item())
     with filing(tmp_path) as engine:
         paths[0].write_bytes(b"broken")
         paths[1].unlink()

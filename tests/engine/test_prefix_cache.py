@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlxvlm.engine.feature_cache import FeatureCache
 from mlxvlm.engine.kv_cache import KVBatch, KVBlock, KVGroup, KVPass
+from mlxvlm.engine.kv_layout import quantised
 from mlxvlm.engine.prefix_cache import PrefixCache, block_key
 from mlxvlm.models.base import KVSpec
 from mlxvlm.processors.base import PreparedImage
@@ -75,7 +76,7 @@ def test_keys_are_made_as_ids_become_known() -> None:
 
 
 def block(nbytes: int = 8) -> KVBlock:
-    return KVBlock(mx.zeros(nbytes // 8), mx.zeros(nbytes // 8))
+    return KVBlock((mx.zeros(nbytes // 8), mx.zeros(nbytes // 8)))
 
 
 class PlainCache:
@@ -183,16 +184,17 @@ def random_row(length: int, owner: int = 0, specs: Sequence[KVSpec] = SPECS) -> 
     return row
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("cuts", [[0, 5], [0, 3, 6], [0, 1, 2, 300], [0, 256, 512]])
-def test_a_row_made_of_blocks_is_the_row(cuts: list[int]) -> None:
-    batch = KVBatch()
+def test_a_row_made_of_blocks_is_the_row(cuts: list[int], bits: int | None) -> None:
+    batch, specs = KVBatch(), quantised(SPECS, bits, 64)
     for owner in range(3):
-        batch.join(random_row(300 if cuts[-1] <= 300 else 520, owner))
+        batch.join(random_row(300 if cuts[-1] <= 300 else 520, owner, specs))
     group = batch.group_of(1)
     assert group is not None
     blocks = [group.copy(1, start, end) for start, end in pairwise(cuts)]
     length = cuts[-1] - 1
-    row = KVGroup.single(SPECS, 7, blocks, length)
+    row = KVGroup.single(specs, 7, blocks, length)
     assert (row.owners, row.lengths) == ([7], [length])
     slot = group.owners.index(1)
     for mine, theirs in zip(row.arrays, group.arrays, strict=True):
@@ -202,7 +204,9 @@ def test_a_row_made_of_blocks_is_the_row(cuts: list[int]) -> None:
     assert row.nbytes == before
 
 
-@pytest.mark.parametrize("specs", [SPECS, [KVSpec(1, 128)]], ids=["layers", "one-head"])
+@pytest.mark.parametrize(
+    "specs", [SPECS, [KVSpec(1, 128)], quantised(SPECS, 4, 64)], ids=["layers", "one-head", "4-bits"]
+)
 def test_no_view_is_stored(specs: list[KVSpec]) -> None:
     """Also of a single layer with one head, whose slices are contiguous as they are."""
     mx.clear_cache()

@@ -176,7 +176,7 @@ def test_one_that_ends_while_it_waits_is_gone() -> None:
 def test_an_answer_without_a_limit_grows_in_steps(budget: int, expected: int) -> None:
     scheduler, sizes = scheduler_of(1, budget)
     row: Any = Job(1, ANSWER_STEP)
-    row.launched, row.max_tokens, row.longest = 0, ANSWER_STEP, 3 * ANSWER_STEP
+    row.launched, row.max_tokens, row.longest, row.full = 0, ANSWER_STEP, 3 * ANSWER_STEP, 9 * ANSWER_STEP
     scheduler.add(row)
     scheduler.admit()
     row.advance()
