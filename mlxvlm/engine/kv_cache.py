@@ -260,10 +260,14 @@ class KVPass:
             self._masks[key] = "causal" if plain else visible(group.lengths, self._new, spec)
         return self._masks[key]
 
-    def commit(self) -> None:
-        """The pass was built without an error: its tokens count."""
+    def commit(self, counts: Sequence[int] | None = None) -> None:
+        """The pass was built without an error: its tokens count; or only the first so many of each row, in batch order.
+
+        What does not count is overwritten by the next pass. Until this is called no row may join or leave.
+        """
+        given = iter(counts or ())
         for group in self.groups:
-            group.lengths = [length + self._new for length in group.lengths]
+            group.lengths = [length + (self._new if counts is None else next(given)) for length in group.lengths]
 
 
 def visible(lengths: Sequence[int], new: int, spec: KVSpec) -> mx.array:
@@ -307,9 +311,12 @@ class KVBatch:
 
     def join(self, row: KVGroup) -> None:
         """Adds a row; its own buffers are used as they are when no other row is of its class."""
-        row.kind = length_class(row.lengths[0])
+        self._add(row, length_class(row.lengths[0]))
+
+    def _add(self, row: KVGroup, kind: int) -> None:
+        row.kind = kind
         for group in self.groups:
-            if group.kind == row.kind:
+            if group.kind == kind:
                 group.join(row)
                 return
         self.groups.append(row)
@@ -327,25 +334,25 @@ class KVBatch:
         self._drop_empty()
         return row
 
-    def forward(self) -> KVPass:
-        """A decode step of all rows; rows that outgrew their group change it first."""
-        self._regroup()
-        return KVPass(self.groups, 1)
+    def forward(self, new: int = 1) -> KVPass:
+        """A decode step of all rows, `new` tokens each; rows that outgrow their group change it first."""
+        self._regroup(new)
+        return KVPass(self.groups, new)
 
-    def _regroup(self) -> None:
+    def _regroup(self, new: int) -> None:
         strays = []
         for group in self.groups:
-            kinds = [length_class(length) for length in group.lengths]
+            kinds = [length_class(length + new - 1) for length in group.lengths]
             if len(kinds) == 1 and not any(other.kind == kinds[0] for other in self.groups):
                 group.kind = kinds[0]  # a row on its own takes its buffers along
                 continue
             for owner, kind in zip(list(group.owners), kinds, strict=True):
                 if kind != group.kind:
-                    strays.append(group.take(owner))
+                    strays.append((group.take(owner), kind))
         if strays:
             self._drop_empty()
-            for row in strays:
-                self.join(row)
+            for row, kind in strays:
+                self._add(row, kind)
 
     def _drop_empty(self) -> None:
         self.groups = [group for group in self.groups if group.owners]

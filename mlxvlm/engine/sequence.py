@@ -60,6 +60,7 @@ class Sequence:
         self.cached_tokens = 0
         self.failed = False
         self.token_ids: list[int] = []  # generated and delivered
+        self.drafted_tokens = self.accepted_tokens = 0
 
     def begin(self, prompt: Prompt, processor: Processor, max_tokens: int, eos: frozenset[int]) -> None:
         """The prompt is ready: everything that generating needs is set up. A limit may be raised while it runs."""
@@ -100,6 +101,11 @@ class Sequence:
     def prefill_length(self) -> int:
         """All but the last prompt token, which is the first that decode reads."""
         return len(self.prompt.token_ids) - 1
+
+    @property
+    def last_token(self) -> int:
+        """The next one to be fed, where all are read."""
+        return self.token_ids[-1] if self.token_ids else self.prompt.token_ids[-1]
 
     @property
     def pixel_bytes(self) -> int:
@@ -174,4 +180,6 @@ class Sequence:
             time_to_first_token_s=first - self.submitted,
             total_s=now - self.submitted,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
