@@ -35,6 +35,7 @@ class Sizes:
     state_bytes: Callable[[Prompt], int]  # of a row's RowState
     prefill_chunk: int
     vision_batch: int  # pixel values that go through the tower at once
+    checked: int = 0  # positions of a pass over guessed tokens, each of which has logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Need:
 
     length: int  # positions in the KV cache at its end
     held: int  # bytes beside them, from its start to its end
-    work: int  # bytes at the peak of one unit of its vision or prefill
+    work: int  # bytes at the peak of one unit of its vision or prefill, or of a pass over guesses
 
 
 class Admission:
@@ -73,8 +74,9 @@ class Admission:
         chunk = min(length, sizes.prefill_chunk)
         scores = _SCORE_COPIES * sizes.score_heads * chunk * length
         values = max(_TOWER_VALUES * batch, _PREFILL_VALUES * chunk * sizes.hidden + scores)
+        work = max(values * sizes.itemsize, _LOGITS_BYTES * sizes.vocab_size * sizes.checked)
         # The last token of an answer is never fed.
-        return Need(length + max_tokens - 1, held, values * sizes.itemsize)
+        return Need(length + max_tokens - 1, held, work)
 
     def bytes_of(self, needs: Collection[Need]) -> int:
         """The most that rows take together; units of work come one at a time."""

@@ -135,12 +135,17 @@ class Speculation:
         """At most `max_tokens` are guessed at once. Raises UsageError."""
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or not 1 <= max_tokens <= MAX_DRAFT_TOKENS:
             raise UsageError(
-                f"max_draft_tokens must be a whole number from 1 to {MAX_DRAFT_TOKENS}, not {max_tokens!r}"
+                f"the draft tokens must be a whole number from 1 to {MAX_DRAFT_TOKENS}, not {max_tokens!r}"
             )
         self._drafters = list(drafters)
         self._max_tokens = max_tokens
         self._paces: dict[int, Pace] = {}
         self._expecting: set[int] = set()  # rows whose token under way was read early
+
+    @property
+    def max_positions(self) -> int:
+        """Of all rows, in one pass."""
+        return min(MAX_POSITIONS, MAX_ROWS * (1 + self._max_tokens)) if self._drafters else 0
 
     def expects(self, rows: Seq[Sequence]) -> bool:
         """Whether to wait for the tokens under way instead of starting a step without knowing them."""

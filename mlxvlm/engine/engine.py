@@ -190,10 +190,10 @@ class Engine:
             budget = device.default_budget() if budget is None else budget
             used = device.memory().active_bytes
             caches = make_caches(self.config, model.kv_specs, budget - used)
-            self._runner = ModelRunner(model, *caches, self.config.prefill_chunk)
             self._vocab_size = model.vocab_size
-            self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
             guesses = speculation(self.config, self.processor.image_token_id, self._vocab_size)
+            self._runner = ModelRunner(model, *caches, self.config.prefill_chunk, guesses.max_positions)
+            self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
             ends = Ends(self._guarded, self._fail, self._forget)
             self._decoding = Decoding(self._runner, self._constraints, guesses, ends, self._counts)
             self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), self._runner.sizes)

@@ -46,10 +46,11 @@ class ModelRunner:
         prefixes: PrefixCache | None = None,
         features: FeatureCache | None = None,
         prefill_chunk: int = 2048,
+        checked: int = 0,
     ) -> None:
         self.model = model
         self.batch = KVBatch()
-        self.sizes = _sizes(model, prefill_chunk)
+        self.sizes = _sizes(model, prefill_chunk, checked)
         self.prefixes = prefixes or PrefixCache(0)
         self.features = features or FeatureCache(0)
         self.encoded_images = 0
@@ -193,7 +194,7 @@ class ModelRunner:
             self.batch.remove(sequence.id)
 
 
-def _sizes(model: VisionLanguageModel, prefill_chunk: int) -> Sizes:
+def _sizes(model: VisionLanguageModel, prefill_chunk: int, checked: int) -> Sizes:
     embeds = model.embed_tokens(mx.zeros((1, 1), mx.uint32), [RowState()]).embeds  # never evaluated
     hidden, head_dim = embeds.shape[-1], model.kv_specs[0].head_dim
     is_fused = device.is_gpu() and head_dim in _FUSED_HEAD_DIMS
@@ -208,6 +209,7 @@ def _sizes(model: VisionLanguageModel, prefill_chunk: int) -> Sizes:
         state_bytes=getattr(model, "state_bytes", lambda prompt: 0),
         prefill_chunk=prefill_chunk,
         vision_batch=_VISION_BATCH,
+        checked=checked,
     )
 
 

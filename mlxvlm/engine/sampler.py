@@ -63,7 +63,7 @@ class RowSampler:
         later = copy(self)
         later.step += len(guessed)
         if later.counts is not None and guessed:
-            later.counts = later.counts.at[mx.array(guessed)].add(1)
+            later.counts = later.counts.at[mx.array(list(guessed))].add(1)
         return later
 
     def key(self) -> NDArray[np.uint32]:

@@ -1,7 +1,7 @@
 """Checks guesses of several rows in one forward pass. Knows rows and tensors, not who guessed.
 
-A row's choice is a pure function of its logits, its history and its step. So each position is given the very choice that
-an ordinary step would make there, and a guess holds where it equals that choice: what comes out is what comes out
+A row's choice is a pure function of its logits, its history and its step. So each position is given the very choice
+that an ordinary step would make there, and a guess holds where it equals that choice: what comes out is what comes out
 without guesses, greedy or sampled, and nothing need be rejected at random (Leviathan et al. 2023, arXiv 2211.17192).
 """
 
