@@ -214,7 +214,7 @@ def test_what_comes_after_the_end_is_never_seen(more: dict[str, Any]) -> None:
         assert eventually(lambda: is_empty(engine))
     assert outcome(found) == outcome(expected)
     assert [token for delta in streamed for token in delta.token_ids] == list(expected.token_ids)
-        assert engine.stats().generated_tokens == 2 * expected.usage.completion_tokens
+    assert engine.stats().generated_tokens == 2 * expected.usage.completion_tokens
     assert found.usage.accepted_tokens <= found.usage.completion_tokens
 
 
