@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.kv_cache import room_in_class
 from mlxvlm.engine.sequence import Sequence
 from mlxvlm.errors import UsageError
 
@@ -155,7 +156,8 @@ class Speculation:
     def drafts(self, rows: Seq[Sequence]) -> dict[int, list[int]]:
         """Guesses of rows all of whose tokens are read, by row; none for most."""
         expecting, self._expecting = self._expecting, set()
-        room = min((row.max_tokens - len(row.token_ids) for row in rows), default=0) - 1
+        # All rows are padded to the longest guess, which must not outgrow what any of them has reserved.
+        room = min((min(row.max_tokens - len(row.token_ids), room_in_class(row.length)) for row in rows), default=0) - 1
         found = {}
         for row in self._open(rows):
             pace = self._paces[row.id]

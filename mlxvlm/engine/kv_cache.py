@@ -30,6 +30,11 @@ def length_class(length: int) -> int:
     return max(length, _SHORT - 1).bit_length()
 
 
+def room_in_class(length: int) -> int:
+    """More tokens that a row's class has buffers for; the one beyond them moves it, which no pass may do half-way."""
+    return (1 << length_class(length)) - length
+
+
 @dataclass(frozen=True, slots=True)
 class KVBlock:
     """A copy of some positions of one row, all layers in one array, as MLX limits how many buffers there are."""
@@ -311,12 +316,9 @@ class KVBatch:
 
     def join(self, row: KVGroup) -> None:
         """Adds a row; its own buffers are used as they are when no other row is of its class."""
-        self._add(row, length_class(row.lengths[0]))
-
-    def _add(self, row: KVGroup, kind: int) -> None:
-        row.kind = kind
+        row.kind = length_class(row.lengths[0])
         for group in self.groups:
-            if group.kind == kind:
+            if group.kind == row.kind:
                 group.join(row)
                 return
         self.groups.append(row)
@@ -335,24 +337,24 @@ class KVBatch:
         return row
 
     def forward(self, new: int = 1) -> KVPass:
-        """A decode step of all rows, `new` tokens each; rows that outgrow their group change it first."""
-        self._regroup(new)
+        """A decode step of all rows, `new` tokens each; rows that outgrew their group change it first."""
+        self._regroup()
         return KVPass(self.groups, new)
 
-    def _regroup(self, new: int) -> None:
+    def _regroup(self) -> None:
         strays = []
         for group in self.groups:
-            kinds = [length_class(length + new - 1) for length in group.lengths]
+            kinds = [length_class(length) for length in group.lengths]
             if len(kinds) == 1 and not any(other.kind == kinds[0] for other in self.groups):
                 group.kind = kinds[0]  # a row on its own takes its buffers along
                 continue
             for owner, kind in zip(list(group.owners), kinds, strict=True):
                 if kind != group.kind:
-                    strays.append((group.take(owner), kind))
+                    strays.append(group.take(owner))
         if strays:
             self._drop_empty()
-            for row, kind in strays:
-                self._add(row, kind)
+            for row in strays:
+                self.join(row)
 
     def _drop_empty(self) -> None:
         self.groups = [group for group in self.groups if group.owners]

@@ -103,6 +103,11 @@ class Sequence:
         return len(self.prompt.token_ids) - 1
 
     @property
+    def length(self) -> int:
+        """Positions in the KV cache, where all tokens are read: the last one is still to be fed."""
+        return len(self.prompt.token_ids) + len(self.token_ids) - 1
+
+    @property
     def last_token(self) -> int:
         """The next one to be fed, where all are read."""
         return self.token_ids[-1] if self.token_ids else self.prompt.token_ids[-1]

@@ -353,7 +353,7 @@ PLANS = st.builds(
 )
 def test_any_schedule(plans: list[Plan], spoil: list[bool], width: int) -> None:
     """Rows come and go while some guesses hold; the buffers stay below what is reserved for two slots a row."""
-    held: list[tuple[int, int]] = []
+    held: list[bool] = []
     model = FakeModel()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "_STEP", 4)
@@ -363,9 +363,10 @@ def test_any_schedule(plans: list[Plan], spoil: list[bool], width: int) -> None:
             rows = engine._scheduler._admission
 
             def watch(x: mx.array) -> None:
-                needs = rows._rows.values()
-                pays = sum(2 << kv_cache.length_class(need.length) for need in needs)
-                held.append((engine._runner.batch.nbytes, pays * rows._sizes.kv_token))
+                pays = sum(2 << kv_cache.length_class(need.length) for need in rows._rows.values())
+                groups = engine._runner.batch.groups
+                held.append(engine._runner.batch.nbytes <= pays * rows._sizes.kv_token)
+                held.append(all(group._capacity <= 1 << group.kind for group in groups))
 
             model.on_call = watch
             told(
@@ -382,7 +383,7 @@ def test_any_schedule(plans: list[Plan], spoil: list[bool], width: int) -> None:
                 assert found == answer(plan.prompt, len(found))
                 assert len(found) == plan.count or plan.cancel is not None
             assert eventually(lambda: is_empty(engine))
-    assert all(nbytes <= paid for nbytes, paid in held)
+    assert all(held)
 
 
 EVENTS = st.lists(st.tuples(st.sampled_from("jjvvvdr"), st.integers(1, 40), st.integers(1, 40)), max_size=60)
@@ -407,7 +408,8 @@ def test_no_batch_outgrows_what_its_rows_pay_for(events: list[tuple[str, int, in
             elif event == "r" and left:
                 leave(batch, rows, left, sorted(left)[length % len(left)])
             elif left:
-                width = min([more if event == "v" else 1, *left.values()])
+                held = [length for group in batch.groups for length in group.lengths]
+                width = min([more if event == "v" else 1, *left.values(), *map(kv_cache.room_in_class, held)])
                 forward = batch.forward(width)
                 values = mx.zeros((len(left), 1, width, 4))
                 forward.layers[0].attend(values, values, values, 1.0)
@@ -417,6 +419,8 @@ def test_no_batch_outgrows_what_its_rows_pay_for(events: list[tuple[str, int, in
                     left[owner] -= count
                 for owner in [owner for owner, tokens in left.items() if not tokens]:
                     leave(batch, rows, left, owner)
+            for group in batch.groups:
+                assert group._capacity <= max(1 << group.kind, kv_cache.capacity_for(max(group.lengths)))
             if len(left) > 1:
                 assert 2 * batch.nbytes <= rows.reserved  # half of it is for copies, as there is one layer
 
