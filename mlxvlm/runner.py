@@ -6,15 +6,28 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from mlxvlm.checkpoint.load import REQUANTIZE, LoadOptions, ModelSource, open_model
-from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.config import DRAFT_TOKENS, EngineConfig
+from mlxvlm.engine.draft_model import Draft
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 
 _CACHE, _MAC_CACHE = Path(".cache/mlxvlm/isq"), Path("Library/Caches/mlxvlm/isq")
 
 Progress = Callable[[int, int], None]
+
+
+class Guesses(NamedTuple):
+    """How tokens are guessed; see load()."""
+
+    speculation: Literal["auto", "off"] = "auto"
+    draft_tokens: int = DRAFT_TOKENS
+    source: ModelSource | None = None  # of a draft model
+
+
+GUESSES = Guesses()
 
 
 def load(
@@ -32,6 +45,9 @@ def load(
     from_uqff: str | None = None,
     requantize: str = REQUANTIZE,
     max_memory_bytes: int | None = None,
+    speculation: Literal["auto", "off"] = "auto",
+    draft_tokens: int = DRAFT_TOKENS,
+    draft_model: str | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """An engine with a model: "demo", a local folder, a GGUF file, or a Hugging Face repository id.
@@ -42,6 +58,8 @@ def load(
     from_uqff: UQFF files to take the weights from; mmproj: the GGUF file of a GGUF model's picture half; requantize:
     what quantised tensors without an exact MLX form become, "none" for 16 bits.
     max_memory_bytes: for weights, caches and all that runs; None for what the device recommends.
+    speculation: guess at most draft_tokens tokens and check them at once, where that helps; draft_model guesses them, a
+    small model with the same vocabulary; without one they come from what was said before. Answers are the same.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
@@ -56,7 +74,8 @@ def load(
         cache_folder(isq_cache),
         requantize,
     )
-    return start(source, options, progress, max_memory_bytes)
+    guesses = Guesses(speculation, draft_tokens, None if draft_model is None else open_model(draft_model))
+    return start(source, options, progress, max_memory_bytes, guesses)
 
 
 def start(
@@ -64,15 +83,23 @@ def start(
     options: LoadOptions | None = None,
     progress: Progress | None = None,
     max_memory_bytes: int | None = None,
+    guesses: Guesses = GUESSES,
 ) -> Engine:
     """An engine with an opened model; see load()."""
+    options, draft = options or LoadOptions(), None
+    if guesses.source is not None:
+        # As it is stored: how the large model is quantised is not meant for the small one.
+        build = partial(guesses.source.build, LoadOptions(options.dtype))
+        draft = Draft(build, guesses.source.processor, guesses.source.max_context)
     config = EngineConfig(
         source.max_context,
         source.defaults.eos_token_ids,
         sampling_defaults(source),
         max_memory_bytes=max_memory_bytes,
+        speculation=guesses.speculation,
+        max_draft_tokens=guesses.draft_tokens,
     )
-    return Engine(partial(source.build, options or LoadOptions()), source.processor, config, progress)
+    return Engine(partial(source.build, options), source.processor, config, progress, draft)
 
 
 def cache_folder(choice: bool | str | Path) -> Path | None:

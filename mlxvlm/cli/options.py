@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import LoadOptions, ModelSource
     from mlxvlm.engine.params import SamplingParams
     from mlxvlm.engine.request import Usage
+    from mlxvlm.runner import Guesses
 
 REQUANTIZE = "8@32"  # of checkpoint.load, whose import would slow down --help
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
@@ -99,6 +100,31 @@ def open_source(args: argparse.Namespace) -> ModelSource:
         mmproj=args.mmproj,
         from_uqff=args.from_uqff,
     )
+
+
+def add_speculation_options(parser: argparse.ArgumentParser) -> None:
+    """--no-speculation, --draft-tokens, --draft-model."""
+    group = parser.add_argument_group("speculation (guess tokens, check several at once; the answer is the same)")
+    group.add_argument("--no-speculation", action="store_true", help="never guess")
+    group.add_argument(
+        "--draft-tokens", type=int, default=8, metavar="N", help="guesses at once, 1 to 15 (default: %(default)s)"
+    )
+    group.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="a small model with the same vocabulary that guesses (default: guesses come from the text so far)",
+    )
+
+
+def guesses(args: argparse.Namespace) -> Guesses:
+    """What add_speculation_options gave; the draft model's small files are read."""
+    from mlxvlm.checkpoint.load import open_model
+    from mlxvlm.runner import Guesses
+
+    if args.no_speculation and args.draft_model is not None:
+        raise UsageError("--draft-model guesses, --no-speculation forbids it: leave one of them out")
+    source = None if args.draft_model is None else open_model(args.draft_model)
+    return Guesses("off" if args.no_speculation else "auto", args.draft_tokens, source)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:

@@ -16,7 +16,9 @@ from mlxvlm.cli.options import (
     add_model_options,
     add_quantisation_options,
     add_sampling_options,
+    add_speculation_options,
     figures,
+    guesses,
     load_options,
     max_memory_bytes,
     open_source,
@@ -69,6 +71,7 @@ def add_parser(commands: Any) -> None:
     add_quantisation_options(parser)
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
+    add_speculation_options(parser)
     parser.set_defaults(execute=execute)
 
 
@@ -85,8 +88,8 @@ def execute(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
     prepare_s = time.perf_counter() - begun
-    budget = max_memory_bytes(args)
-    with byte_bar("loading") as progress, start(source, load_options(args), progress, budget) as engine:
+    options, budget, drafts = load_options(args), max_memory_bytes(args), guesses(args)
+    with byte_bar("loading") as progress, start(source, options, progress, budget, drafts) as engine:
         request = Request(messages, sampling, prompt=prompt)
         answer = _print_json if args.json else _print_stream
         return answer(args, engine, request, prepare_s)

@@ -9,6 +9,8 @@ from typing import Literal
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.prefix_cache import BLOCK_TOKENS
 
+DRAFT_TOKENS = 8  # with a row's last token 9, which MLX's vector kernels take together (`get_qmv_batch_limit`: 10)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -26,7 +28,7 @@ class EngineConfig:
     max_memory_bytes: int | None = None  # for weights and rows; None: what the device recommends
     timeout_s: float | None = None  # of requests that bring none
     speculation: Literal["auto", "off"] = "auto"  # guess tokens and check several at once, where it helps
-    max_draft_tokens: int = 8  # of a row at once; with its last token 9, which MLX's vector kernels take together
+    max_draft_tokens: int = DRAFT_TOKENS  # of a row at once
     num_workers: int = 2  # threads that prepare prompts and images
     # Kept between requests; None: what device.cache_budget() gives both together. 0: nothing.
     prefix_cache_bytes: int | None = None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Protocol
 
-from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.admission import Sizes
 from mlxvlm.engine.kv_cache import room_in_class
 from mlxvlm.engine.sequence import Sequence
 from mlxvlm.errors import UsageError
@@ -93,7 +94,9 @@ class Pace:
 
 
 class Drafter(Protocol):
-    """Who guesses."""
+    """Who guesses. kv_token: bytes of one position in each layer of a model of its own."""
+
+    kv_token: Seq[int]
 
     def is_ready(self, row: Sequence) -> bool:
         """Whether a guess is likely once the token under way is read."""
@@ -110,6 +113,8 @@ class Drafter(Protocol):
 
 class FromText:
     """Guesses what stands in a row's own prompt and answer; see Lookup for `foreign`."""
+
+    kv_token: Seq[int] = ()
 
     def __init__(self, foreign: Collection[int], vocab_size: int) -> None:
         self._foreign, self._vocab_size = foreign, vocab_size
@@ -143,10 +148,17 @@ class Speculation:
         self._paces: dict[int, Pace] = {}
         self._expecting: set[int] = set()  # rows whose token under way was read early
 
-    @property
-    def max_positions(self) -> int:
-        """Of all rows, in one pass."""
-        return min(MAX_POSITIONS, MAX_ROWS * (1 + self._max_tokens)) if self._drafters else 0
+    def added_to(self, sizes: Sizes) -> Sizes:
+        """With what guessing takes: keys and values of a draft model, logits of the positions of a pass."""
+        if not self._drafters:
+            return sizes
+        specs = [spec for drafter in self._drafters for spec in drafter.kv_token]
+        return replace(
+            sizes,
+            kv_token=sizes.kv_token + sum(specs),
+            num_layers=min(sizes.num_layers, len(specs) or sizes.num_layers),
+            checked=min(MAX_POSITIONS, MAX_ROWS * (1 + self._max_tokens)),
+        )
 
     def expects(self, rows: Seq[Sequence]) -> bool:
         """Whether to wait for the tokens under way instead of starting a step without knowing them."""
@@ -190,11 +202,3 @@ class Speculation:
     def _guess(self, row: Sequence, count: int) -> list[int]:
         guesses = (drafter.guess(row, count) for drafter in self._drafters) if count > 0 else ()
         return next((guess for guess in guesses if guess), [])
-
-
-def speculation(config: EngineConfig, image_token_id: int, vocab_size: int) -> Speculation:
-    """As an engine's settings have it. Raises UsageError."""
-    if config.speculation not in ("auto", "off"):
-        raise UsageError(f"speculation must be auto or off, not {config.speculation!r}")
-    drafters = [] if config.speculation == "off" else [FromText({image_token_id}, vocab_size)]
-    return Speculation(drafters, config.max_draft_tokens)

@@ -26,7 +26,7 @@ from mlxvlm.engine.caches import make_caches
 from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.constraints import Constraints
 from mlxvlm.engine.decoding import Counts, Decoding, Ends
-from mlxvlm.engine.drafts import speculation
+from mlxvlm.engine.draft_model import Draft, speculation
 from mlxvlm.engine.failures import failure_of
 from mlxvlm.engine.request import Completion, FinishReason, Request
 from mlxvlm.engine.runner import ModelRunner
@@ -51,8 +51,14 @@ class Engine:
     """
 
     def __init__(
-        self, build: Build, processor: Processor, config: EngineConfig, progress: Progress | None = None
+        self,
+        build: Build,
+        processor: Processor,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        draft: Draft | None = None,
     ) -> None:
+        """draft: a smaller model that guesses what this one will say."""
         self.config = config
         self.processor = processor
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -65,7 +71,9 @@ class Engine:
         self._closing = threading.Event()
         self._loaded: Future[None] = Future()
         self._pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="mlxvlm-prepare")
-        self._thread = threading.Thread(target=self._run, args=(build, progress), name="mlxvlm-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(build, progress, draft), name="mlxvlm-engine", daemon=True
+        )
         self._thread.start()
         # A daemon thread inside MLX must not outlive the interpreter.
         self._finalizer = weakref.finalize(self, _stop, self._closing, self._commands, self._thread)
@@ -164,9 +172,9 @@ class Engine:
 
     # Everything below runs on the engine thread.
 
-    def _run(self, build: Build, progress: Progress | None) -> None:
+    def _run(self, build: Build, progress: Progress | None, draft: Draft | None) -> None:
         try:
-            if self._load(build, progress):
+            if self._load(build, progress, draft):
                 while not self._closing.is_set():
                     self._drain()
                     failure = failure_of(self._tick)
@@ -176,29 +184,32 @@ class Engine:
         finally:
             self._shut_down()
 
-    def _load(self, build: Build, progress: Progress | None) -> bool:
+    def _load(self, build: Build, progress: Progress | None, draft: Draft | None) -> bool:
         def report(done: int, total: int) -> None:
             if self._closing.is_set():
                 raise EngineClosedError("loading was interrupted")
             if progress is not None:
                 progress(done, total)
 
+        model: VisionLanguageModel | None = None
         try:
             device.configure()
             model = build(report)
+            self._vocab_size = model.vocab_size
+            guesses = speculation(self.config, self.processor, self._vocab_size, draft, report)
             budget = self.config.max_memory_bytes
             budget = device.default_budget() if budget is None else budget
             used = device.memory().active_bytes
             caches = make_caches(self.config, model.kv_specs, budget - used)
-            self._vocab_size = model.vocab_size
-            guesses = speculation(self.config, self.processor.image_token_id, self._vocab_size)
-            self._runner = ModelRunner(model, *caches, self.config.prefill_chunk, guesses.max_positions)
+            self._runner = ModelRunner(model, *caches, self.config.prefill_chunk)
             self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
             ends = Ends(self._guarded, self._fail, self._forget)
             self._decoding = Decoding(self._runner, self._constraints, guesses, ends, self._counts)
-            self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), self._runner.sizes)
+            sizes = guesses.added_to(self._runner.sizes)
+            self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), sizes)
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
+            model = None  # whoever keeps the error keeps this frame
             self._loaded.set_exception(error)
             return False
         self._loaded.set_result(None)

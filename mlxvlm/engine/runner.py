@@ -46,11 +46,10 @@ class ModelRunner:
         prefixes: PrefixCache | None = None,
         features: FeatureCache | None = None,
         prefill_chunk: int = 2048,
-        checked: int = 0,
     ) -> None:
         self.model = model
         self.batch = KVBatch()
-        self.sizes = _sizes(model, prefill_chunk, checked)
+        self.sizes = _sizes(model, prefill_chunk)
         self.prefixes = prefixes or PrefixCache(0)
         self.features = features or FeatureCache(0)
         self.encoded_images = 0
@@ -194,7 +193,7 @@ class ModelRunner:
             self.batch.remove(sequence.id)
 
 
-def _sizes(model: VisionLanguageModel, prefill_chunk: int, checked: int) -> Sizes:
+def _sizes(model: VisionLanguageModel, prefill_chunk: int) -> Sizes:
     embeds = model.embed_tokens(mx.zeros((1, 1), mx.uint32), [RowState()]).embeds  # never evaluated
     hidden, head_dim = embeds.shape[-1], model.kv_specs[0].head_dim
     is_fused = device.is_gpu() and head_dim in _FUSED_HEAD_DIMS
@@ -209,7 +208,6 @@ def _sizes(model: VisionLanguageModel, prefill_chunk: int, checked: int) -> Size
         state_bytes=getattr(model, "state_bytes", lambda prompt: 0),
         prefill_chunk=prefill_chunk,
         vision_batch=_VISION_BATCH,
-        checked=checked,
     )
 
 

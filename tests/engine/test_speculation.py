@@ -39,6 +39,8 @@ class Told:
         self.answers, self.spoil = answers, spoil
         self.guessed: list[int] = []
 
+    kv_token = ()
+
     def is_ready(self, row: Row) -> bool:
         return True
 
