@@ -45,8 +45,7 @@ def load(
     from_uqff: str | None = None,
     requantize: str = REQUANTIZE,
     max_memory_bytes: int | None = None,
-    speculation: Literal["auto", "off"] = "auto",
-    draft_tokens: int = DRAFT_TOKENS,
+    speculation: Literal["auto", "off"] | int = "auto",
     draft_model: str | None = None,
     progress: Progress | None = None,
 ) -> Engine:
@@ -58,8 +57,9 @@ def load(
     from_uqff: UQFF files to take the weights from; mmproj: the GGUF file of a GGUF model's picture half; requantize:
     what quantised tensors without an exact MLX form become, "none" for 16 bits.
     max_memory_bytes: for weights, caches and all that runs; None for what the device recommends.
-    speculation: guess at most draft_tokens tokens and check them at once, where that helps; draft_model guesses them, a
-    small model with the same vocabulary; without one they come from what was said before. Answers are the same.
+    speculation: guess tokens and check several at once where that helps, a number for at most so many (8); "off" for
+    never. draft_model: a small model with the same vocabulary that guesses; without one, what was said before is looked
+    up. Answers are the same.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
@@ -74,7 +74,8 @@ def load(
         cache_folder(isq_cache),
         requantize,
     )
-    guesses = Guesses(speculation, draft_tokens, None if draft_model is None else open_model(draft_model))
+    mode, count = ("auto", speculation) if isinstance(speculation, int) else (speculation, DRAFT_TOKENS)
+    guesses = Guesses(mode, count, None if draft_model is None else open_model(draft_model))
     return start(source, options, progress, max_memory_bytes, guesses)
 
 

@@ -56,7 +56,7 @@ def check_vocabulary(processor: Processor, draft: Processor, special_ids: Collec
     if abs(sizes[0] - sizes[1]) > _MAX_PADDING or texts or names:
         different = f"{texts[0]!r}" if texts else f"token {names[0]}" if names else f"{sizes[0]} and {sizes[1]} tokens"
         raise ModelError(
-            f"the draft model has another vocabulary than the model ({different}): take a smaller one of the same family"
+            f"the draft model has another vocabulary than the model ({different}): take a small one of the same family"
         )
 
 

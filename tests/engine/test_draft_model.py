@@ -18,8 +18,9 @@ from mlxvlm.engine.params import Grammar, SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import ModelError
 from mlxvlm.models.base import VisionLanguageModel
+from tests.engine.guessing import outcome
 from tests.engine.random_model import END, IMAGE, RandomModel, ask, byte_tokenizer, random_engine
-from tests.engine.test_speculation import FAMILIES, WAYS, outcome
+from tests.engine.test_speculation_rows import FAMILIES, WAYS
 from tests.fakes import FakeModel, FakeProcessor, eventually, is_empty
 from tests.golden import GOLDENS, Case
 
