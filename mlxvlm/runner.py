@@ -74,8 +74,11 @@ def load(
         cache_folder(isq_cache),
         requantize,
     )
-    mode, count = ("auto", speculation) if isinstance(speculation, int) else (speculation, DRAFT_TOKENS)
-    guesses = Guesses(mode, count, None if draft_model is None else open_model(draft_model))
+    draft = None if draft_model is None else open_model(draft_model)
+    if isinstance(speculation, int):
+        guesses = Guesses(draft_tokens=speculation, source=draft)
+    else:
+        guesses = Guesses(speculation, source=draft)
     return start(source, options, progress, max_memory_bytes, guesses)
 
 
