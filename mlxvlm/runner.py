@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 class Guesses(NamedTuple):
     """How tokens are guessed; see load()."""
 
-    speculation: Literal["auto", "off"] = "auto"
+    speculation: Literal["auto", "on", "off"] = "auto"
     draft_tokens: int = DRAFT_TOKENS
     source: ModelSource | None = None  # of a draft model
 
@@ -45,7 +45,7 @@ def load(
     from_uqff: str | None = None,
     requantize: str = REQUANTIZE,
     max_memory_bytes: int | None = None,
-    speculation: Literal["auto", "off"] | int = "auto",
+    speculation: Literal["auto", "on", "off"] | int = "auto",
     draft_model: str | None = None,
     progress: Progress | None = None,
 ) -> Engine:
@@ -57,9 +57,9 @@ def load(
     from_uqff: UQFF files to take the weights from; mmproj: the GGUF file of a GGUF model's picture half; requantize:
     what quantised tensors without an exact MLX form become, "none" for 16 bits.
     max_memory_bytes: for weights, caches and all that runs; None for what the device recommends.
-    speculation: guess tokens and check several at once where that helps, a number for at most so many (8); "off" for
-    never. draft_model: a small model with the same vocabulary that guesses; without one, what was said before is looked
-    up. Answers are the same.
+    speculation: guess tokens and check several at once, with the same answers: "auto" for where that helps (GPUs), "on",
+    "off", or a number for on with at most so many (8). draft_model: a small model with the same vocabulary that guesses;
+    without one, what was said before is looked up.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
@@ -75,10 +75,7 @@ def load(
         requantize,
     )
     draft = None if draft_model is None else open_model(draft_model)
-    if isinstance(speculation, int):
-        guesses = Guesses(draft_tokens=speculation, source=draft)
-    else:
-        guesses = Guesses(speculation, source=draft)
+    guesses = Guesses("on", speculation, draft) if isinstance(speculation, int) else Guesses(speculation, source=draft)
     return start(source, options, progress, max_memory_bytes, guesses)
 
 

@@ -233,8 +233,8 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
     with Engine(build, source.processor, config) as engine:
         found = decode(engine, source.config, args.tokens)
         found |= second_question(engine)
-        with Engine(build, source.processor, replace(config, speculation="off")) as plain:
-            found |= speculation(engine, plain)
+        with Engine(build, source.processor, replace(config, speculation="on")) as guessing:
+            found |= speculation(guessing, engine)
     # Chunks of one size whether rows decode or not, and nothing remembered, so that both runs do the same work.
     even = replace(config, prefill_chunk=CHUNK, prefill_chunk_while_decoding=CHUNK, prefix_cache_bytes=0)
     with Engine(build, source.processor, even) as engine:

@@ -27,7 +27,7 @@ class EngineConfig:
     max_queue_bytes: int = 2 << 30  # of their pictures
     max_memory_bytes: int | None = None  # for weights and rows; None: what the device recommends
     timeout_s: float | None = None  # of requests that bring none
-    speculation: Literal["auto", "off"] = "auto"  # guess tokens and check several at once, where it helps
+    speculation: Literal["auto", "on", "off"] = "auto"  # guess tokens, check several at once; auto: on GPUs
     max_draft_tokens: int = DRAFT_TOKENS  # of a row at once
     num_workers: int = 2  # threads that prepare prompts and images
     # Kept between requests; None: what device.cache_budget() gives both together. 0: nothing.

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlxvlm.engine import device
 from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.drafts import Drafter, FromText, Speculation
 from mlxvlm.engine.failures import failure_of
@@ -163,13 +164,15 @@ def speculation(
     config: EngineConfig, processor: Processor, vocab_size: int, draft: Draft | None, progress: Progress
 ) -> Speculation:
     """As an engine's settings have it; loads the draft model, if there is one. Raises UsageError, ModelError."""
-    if config.speculation not in ("auto", "off"):
-        raise UsageError(f"speculation must be auto or off, not {config.speculation!r}")
+    if config.speculation not in ("auto", "on", "off"):
+        raise UsageError(f"speculation must be auto, on or off, not {config.speculation!r}")
     foreign = {processor.image_token_id}
     drafters: list[Drafter] = []
-    if config.speculation == "auto" and draft is None:
+    # On a CPU each position of a pass costs as much as a step; who names a draft model wants it.
+    is_on = config.speculation == "on" or (config.speculation == "auto" and (device.is_gpu() or draft is not None))
+    if is_on and draft is None:
         drafters = [FromText(foreign, vocab_size)]
-    elif config.speculation == "auto" and draft is not None:
+    elif is_on and draft is not None:
         check_vocabulary(processor, draft.processor, config.eos_token_ids)
         drafters = [DraftModel(draft.build(progress), draft.max_context, foreign, vocab_size)]
     return Speculation(drafters, config.max_draft_tokens)

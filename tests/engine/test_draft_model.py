@@ -112,7 +112,7 @@ def test_a_shorter_context_only_ends_the_guesses() -> None:
 
 
 def test_its_memory_is_reserved() -> None:
-    with random_engine(RandomModel()) as plain, with_draft(RandomModel()) as engine:
+    with random_engine(RandomModel(), speculation="on") as plain, with_draft(RandomModel()) as engine:
         one, two = (each._admission._sizes for each in (plain, engine))
         assert two.kv_token == 2 * one.kv_token
         assert two.checked == one.checked == 16

@@ -71,10 +71,10 @@ def test_pace_backs_off_and_comes_back() -> None:
     assert (pace.width, pace.is_open(length + 1), pace.is_open(length + 2)) == (6, False, True)
 
 
-@pytest.mark.parametrize("wrong", [{"max_draft_tokens": 0}, {"max_draft_tokens": 16}, {"speculation": "on"}])
+@pytest.mark.parametrize("wrong", [{"max_draft_tokens": 0}, {"max_draft_tokens": 16}, {"speculation": "yes"}])
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"draft tokens must be|speculation must be"):
-        fake_engine(**{"speculation": "auto", **wrong})
+        fake_engine(**{"speculation": "on", **wrong})
 
 
 # What comes of guesses
@@ -93,7 +93,7 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
 )
 def test_steps_and_counts(spoil: Spoil | None, steps: int, drafted: int, accepted: int) -> None:
     truth = answer([1, 2], 30)
-    with fake_engine(speculation="off" if spoil is None else "auto") as engine:
+    with fake_engine(speculation="off" if spoil is None else "on") as engine:
         told(engine, Told({(1, 2): truth}, spoil or bool)) if spoil else None
         completion = engine.generate(ask([1, 2], 30))
         stats = engine.stats()
@@ -105,7 +105,7 @@ def test_steps_and_counts(spoil: Spoil | None, steps: int, drafted: int, accepte
 
 def test_a_repetition_is_found_without_help() -> None:
     """Doubling modulo 60 goes round in 4 tokens: once that shows, passes bring nine tokens each."""
-    with fake_engine(speculation="auto") as engine:
+    with fake_engine(speculation="on") as engine:
         completion = engine.generate(ask([1, 2], 100))
         steps = engine.stats().steps
     assert list(completion.token_ids) == answer([1, 2], 100)
@@ -115,7 +115,7 @@ def test_a_repetition_is_found_without_help() -> None:
 
 def test_placeholders_are_not_guessed() -> None:
     guesses: list[list[int]] = []
-    with fake_engine(speculation="auto") as engine:
+    with fake_engine(speculation="on") as engine:
         own = engine._decoding._speculation._drafters[0]
         assert isinstance(own, FromText)
         drafter = told(engine, Told({}))
@@ -131,7 +131,7 @@ def test_rows_of_one_pass_have_guesses_of_their_own_lengths() -> None:
     shapes: list[tuple[int, int]] = []
     prompts = [(n, 3, n) for n in range(1, 7)]
     model = FakeModel(on_call=lambda x: shapes.append(x.shape[:2]))
-    with fake_engine(model, speculation="auto") as engine:
+    with fake_engine(model, speculation="on") as engine:
         told(engine, Told({prompt: answer(prompt, 50)[: 10 * prompt[0]] for prompt in prompts}, lambda at: at % 7 == 5))
         streams = [engine.submit(ask(prompt, 20 + 8 * prompt[0])) for prompt in prompts]
         for prompt, stream in zip(prompts, streams, strict=True):
@@ -157,7 +157,7 @@ def test_what_comes_after_the_end_is_never_seen(more: dict[str, Any]) -> None:
     with fake_engine() as plain:
         expected = plain.generate(request)
     assert expected.usage.completion_tokens < 10
-    with fake_engine(speculation="auto") as engine:
+    with fake_engine(speculation="on") as engine:
         told(engine, Told({(5,): answer([5], 60)}))
         streamed = list(engine.submit(request))
         found = engine.generate(request)
@@ -173,7 +173,7 @@ def test_what_is_kept_of_a_row_is_what_was_fed(count: int) -> None:
     """Its blocks serve another prompt, wherever in a run of guesses the answer ended."""
     ids = [3, 1, 4]
     truth = answer(ids, 40)
-    with fake_engine(speculation="auto", prefix_cache_bytes=1 << 20, prefix_block_tokens=2) as engine:
+    with fake_engine(speculation="on", prefix_cache_bytes=1 << 20, prefix_block_tokens=2) as engine:
         told(engine, Told({tuple(ids): truth}, lambda at: at % 6 == 5))
         stop = truth[count - 1]
         engine.generate(ask(ids, 40, stop_token_ids=[stop]))
@@ -193,7 +193,7 @@ def test_a_pass_that_fails_becomes_an_ordinary_step() -> None:
             raise RuntimeError("the device failed")
 
     prompts = [(1,), (2,)]  # of one token: nothing is prefilled
-    with fake_engine(FakeModel(on_call=fragile), speculation="auto") as engine:
+    with fake_engine(FakeModel(on_call=fragile), speculation="on") as engine:
         drafter = told(engine, Told({prompt: answer(prompt, 60) for prompt in prompts}))
         drafter.guess = lambda row, count: [33] * min(count, 2)
         streams = [engine.submit(ask(prompt, 40)) for prompt in prompts]
@@ -210,7 +210,7 @@ def test_a_pass_that_fails_on_one_rows_account_ends_that_row() -> None:
         if bool((x == 32).any()):
             raise RuntimeError("the device failed")
 
-    with fake_engine(FakeModel(on_call=fragile), speculation="auto") as engine:
+    with fake_engine(FakeModel(on_call=fragile), speculation="on") as engine:
         told(engine, Told({(n,): answer([n], 60) for n in (bad, good)}))
         streams = [engine.submit(ask([n], 40)) for n in (bad, good)]
         with pytest.raises(InternalError, match="the device failed"):
@@ -224,7 +224,7 @@ def test_a_nan_inside_a_run_ends_its_row_with_what_came_before() -> None:
     at = answer([bad], 40).index(32)
     model = FakeModel()
     model.nan_token = 32
-    with fake_engine(model, speculation="auto") as engine:
+    with fake_engine(model, speculation="on") as engine:
         told(engine, Told({(bad,): answer([bad], 60)}))
         found: list[int] = []
         stream = engine.submit(ask([bad], 40))
@@ -237,7 +237,7 @@ def test_a_nan_behind_a_wrong_guess_is_nobodys() -> None:
     good = next(n for n in range(1, 50) if 32 not in answer([n], 60))
     model = FakeModel()
     model.nan_token = 32
-    with fake_engine(model, speculation="auto") as engine:
+    with fake_engine(model, speculation="on") as engine:
         drafter = told(engine, Told({}))
         drafter.guess = lambda row, count: [32] * min(count, 3)
         assert ids_of(engine.generate(ask([good], 40))) == answer([good], 40)
@@ -245,7 +245,7 @@ def test_a_nan_behind_a_wrong_guess_is_nobodys() -> None:
 
 
 def test_cancel_and_timeout_while_guessing() -> None:
-    with fake_engine(speculation="auto") as engine:
+    with fake_engine(speculation="on") as engine:
         told(engine, Told({(1,): answer([1], 4000)}))
         stream = engine.submit(ask([1], 4000))
         found: list[int] = []
@@ -264,13 +264,13 @@ def test_cancel_and_timeout_while_guessing() -> None:
 def test_an_answer_without_a_limit_grows_while_guesses_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (admission, scheduler):
         monkeypatch.setattr(module, "ANSWER_STEP", 64)
-    with fake_engine(speculation="auto", max_context=400) as engine:
+    with fake_engine(speculation="on", max_context=400) as engine:
         told(engine, Told({(1,): answer([1], 500)}))
         assert ids_of(engine.generate(ask([1], None))) == answer([1], 399)
 
 
 def test_waiting_in_vain_for_tokens_becomes_rare() -> None:
-    with fake_engine(speculation="auto") as engine:
+    with fake_engine(speculation="on") as engine:
         drafter = told(engine, Told({}))
         engine.generate(ask([1], 300))
         steps = engine.stats().steps

@@ -60,7 +60,7 @@ def test_any_schedule(plans: list[Plan], spoil: list[bool], width: int) -> None:
         patch.setattr(kv_cache, "_STEP", 4)
         patch.setattr(kv_cache, "_SHORT", 8)
         patch.setattr(drafts, "_LONGEST_PAUSE", 0)
-        with fake_engine(model, speculation="auto", max_draft_tokens=width) as engine:
+        with fake_engine(model, speculation="on", max_draft_tokens=width) as engine:
             rows = engine._scheduler._admission
 
             def watch(x: mx.array) -> None:
@@ -130,7 +130,7 @@ def test_no_more_is_allocated_than_is_reserved() -> None:
     """A row at the end of its buffer, where a longer pass would need a larger one."""
     held: list[int] = []
     model = FakeModel(on_call=lambda x: held.append(engine._runner.batch.nbytes))
-    with fake_engine(model, speculation="auto") as engine:
+    with fake_engine(model, speculation="on") as engine:
         told(engine, Told({(1,) * 250: answer([1] * 250, 20)}))
         assert ids_of(engine.generate(ask([1] * 250, 7))) == answer([1] * 250, 7)
         sizes = engine._admission._sizes
@@ -162,8 +162,7 @@ SETTINGS = st.fixed_dictionaries(
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Engine, Engine]]:
     model = RandomModel()
-    with random_engine(model) as plain, random_engine(RandomModel()) as guessing:
-        plain._decoding._speculation._drafters.clear()
+    with random_engine(model) as plain, random_engine(RandomModel(), speculation="on") as guessing:
         yield plain, guessing
 
 
@@ -241,7 +240,7 @@ def test_every_family_says_the_same(name: str, short: int, monkeypatch: pytest.M
     source = case.open()
     scenarios = ("two_images", "text_only", "one_tall", "long_text")
     prompts = [source.processor(case.messages(scenario), case.template) for scenario in scenarios]
-    config = EngineConfig(source.max_context, source.defaults.eos_token_ids)
+    config = EngineConfig(source.max_context, source.defaults.eos_token_ids, speculation="on")
     with Engine(partial(source.build, LoadOptions("float32")), source.processor, config) as engine:
         speculation = engine._decoding._speculation
         own, speculation._drafters = speculation._drafters, []
