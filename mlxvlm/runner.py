@@ -57,9 +57,9 @@ def load(
     from_uqff: UQFF files to take the weights from; mmproj: the GGUF file of a GGUF model's picture half; requantize:
     what quantised tensors without an exact MLX form become, "none" for 16 bits.
     max_memory_bytes: for weights, caches and all that runs; None for what the device recommends.
-    speculation: guess tokens and check several at once, with the same answers: "auto" for where that helps (GPUs), "on",
-    "off", or a number for on with at most so many (8). draft_model: a small model with the same vocabulary that guesses;
-    without one, what was said before is looked up.
+    speculation: guess tokens and check several at once, with the same answers: "auto" for where that helps (GPUs),
+    "on", "off", or a number for on with at most so many (8). draft_model: a small model with the same vocabulary that
+    guesses; without one, what was said before is looked up.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
     """

@@ -107,7 +107,7 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speculation (guess tokens, check several at once; the answer is the same)")
     group.add_argument("--no-speculation", action="store_true", help="never guess")
     group.add_argument(
-        "--draft-tokens", type=int, default=8, metavar="N", help="guesses at once, 1 to 15 (default: %(default)s)"
+        "--draft-tokens", type=int, metavar="N", help="guess on any device, 1 to 15 at once (default: 8, on GPUs)"
     )
     group.add_argument(
         "--draft-model",
@@ -124,7 +124,9 @@ def guesses(args: argparse.Namespace) -> Guesses:
     if args.no_speculation and args.draft_model is not None:
         raise UsageError("--draft-model guesses, --no-speculation forbids it: leave one of them out")
     source = None if args.draft_model is None else open_model(args.draft_model)
-    return Guesses("off" if args.no_speculation else "auto", args.draft_tokens, source)
+    if args.no_speculation:
+        return Guesses("off")
+    return Guesses(source=source) if args.draft_tokens is None else Guesses("on", args.draft_tokens, source)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:

@@ -20,7 +20,7 @@ def parsed(*flags: str) -> Guesses:
 def test_flags() -> None:
     assert parsed() == Guesses("auto", 8, None)
     assert parsed("--no-speculation") == Guesses("off", 8, None)
-    assert parsed("--draft-tokens", "5").draft_tokens == 5
+    assert parsed("--draft-tokens", "5") == Guesses("on", 5, None)
     source = parsed("--draft-model", "demo").source
     assert source is not None
     assert source.max_context > 0
