@@ -10,6 +10,7 @@ from typing import Unpack
 
 from mlxvlm.checkpoint.load import REQUANTIZE, LoadOptions, ModelSource, open_model
 from mlxvlm.engine.config import EngineConfig, EngineOptions
+from mlxvlm.engine.draft_model import Draft
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 
@@ -33,6 +34,7 @@ def load(
     from_uqff: str | None = None,
     requantize: str = REQUANTIZE,
     max_memory_bytes: int | None = None,
+    draft_model: str | None = None,
     progress: Progress | None = None,
     **engine: Unpack[EngineOptions],
 ) -> Engine:
@@ -46,6 +48,9 @@ def load(
     max_memory_bytes: for weights, caches and all that runs; None for what the device recommends.
     kv_bits: keys and values in 8 or 4 bits, in groups of kv_group_size of a head's values (64). context_shift: an
     answer that reaches the end of the context goes on without the older half of it (docs/engine.md).
+    speculation: guess tokens and check several at once, with the same answers: "auto" for where that helps (GPUs),
+    "on" or "off"; max_draft_tokens: of a row at once (8). draft_model: a small model with the same vocabulary that
+    guesses; without one, what was said before is looked up.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises UsageError, ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
@@ -60,7 +65,8 @@ def load(
         cache_folder(isq_cache),
         requantize,
     )
-    return start(source, options, progress, max_memory_bytes, **engine)
+    draft = None if draft_model is None else open_model(draft_model)
+    return start(source, options, progress, max_memory_bytes, draft, **engine)
 
 
 def start(
@@ -68,9 +74,15 @@ def start(
     options: LoadOptions | None = None,
     progress: Progress | None = None,
     max_memory_bytes: int | None = None,
+    draft_model: ModelSource | None = None,
     **engine: Unpack[EngineOptions],
 ) -> Engine:
     """An engine with an opened model; see load()."""
+    options, draft = options or LoadOptions(), None
+    if draft_model is not None:
+        # As it is stored: how the large model is quantised is not meant for the small one.
+        build = partial(draft_model.build, LoadOptions(options.dtype))
+        draft = Draft(build, draft_model.processor, draft_model.max_context)
     config = EngineConfig(
         source.max_context,
         source.defaults.eos_token_ids,
@@ -78,7 +90,7 @@ def start(
         max_memory_bytes=max_memory_bytes,
         **engine,
     )
-    return Engine(partial(source.build, options or LoadOptions()), source.processor, config, progress)
+    return Engine(partial(source.build, options), source.processor, config, progress, draft)
 
 
 def cache_folder(choice: bool | str | Path) -> Path | None:

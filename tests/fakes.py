@@ -141,7 +141,7 @@ class FakeModel:
 def fake_engine(model: FakeModel | None = None, **settings: Any) -> Engine:
     """An engine over a FakeModel without a stop token."""
     # Nothing is kept between requests unless a test wants it: what is allocated is then what requests hold.
-    caches = {"prefix_cache_bytes": 0, "feature_cache_bytes": 0}
+    caches = {"prefix_cache_bytes": 0, "feature_cache_bytes": 0, "speculation": "off"}
     config = EngineConfig(**{"max_context": 4096, "eos_token_ids": frozenset(), **caches, **settings})
     return Engine(lambda progress: model or FakeModel(), FakeProcessor(), config)
 
@@ -174,7 +174,7 @@ class Gate:
 def is_empty(engine: Engine) -> bool:
     """Whether nothing of any request is left in an engine."""
     stats = engine.stats()
-    held = (engine._open, engine._runner.batch.groups, engine._scheduler._passed, engine._pending)
+    held = (engine._open, engine._runner.batch.groups, engine._scheduler._passed, engine._decoding.pending)
     return not any(held) and (stats.running, stats.waiting, stats.reserved_bytes) == (0, 0, 0)
 
 

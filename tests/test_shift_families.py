@@ -78,10 +78,13 @@ def in_pieces(family: Family) -> list[tuple[Answer, int]]:
     return found
 
 
-@pytest.mark.parametrize("kept", [0, 1 << 26])
-def test_a_shift_is_a_fresh_prompt(family: Family, in_pieces: list[tuple[Answer, int]], kept: int) -> None:
-    """Rows together, with and without what is kept between requests, in small chunks."""
-    settings = {"prefix_cache_bytes": kept, "feature_cache_bytes": kept, "prefix_block_tokens": 3}
+@pytest.mark.parametrize(("kept", "speculation"), [(0, "off"), (1 << 26, "off"), (1 << 26, "on")])
+def test_a_shift_is_a_fresh_prompt(
+    family: Family, in_pieces: list[tuple[Answer, int]], kept: int, speculation: str
+) -> None:
+    """Rows together, with and without what is kept between requests and guesses, in small chunks."""
+    settings: dict[str, Any] = {"prefix_cache_bytes": kept, "feature_cache_bytes": kept, "prefix_block_tokens": 3}
+    settings |= {"speculation": speculation}
     with family.engine(family.max_context, **settings, prefill_chunk=50, context_shift=True) as engine:
         streams = [engine.submit(ask(prompt, family.count(prompt))) for prompt in family.prompts]
         for prompt, stream, (expected, _) in zip(family.prompts, streams, in_pieces, strict=True):

@@ -206,6 +206,22 @@ def padding() -> Json:
     return {"padded_over_real": batch.nbytes / ((4096 + 7 * 16) * spec.bytes_per_token(mx.float32))}
 
 
+def speculation(engine: Engine, plain: Engine) -> Json:
+    """A token's time with guesses over without: of an answer that goes round, and of one that never repeats itself."""
+    # Random weights go round when greedy, and say anything when hot.
+    answers = {"repeating": {}, "never_repeating": {"temperature": 2.0, "seed": 1}}
+    found: Json = {}
+    for name, sampling in answers.items():
+        request = Request([user("go on " * 20)], SamplingParams(max_tokens=200, ignore_eos=True, **sampling))
+        ratios = []
+        for _ in range(5):
+            ours, theirs = (each.generate(request).usage for each in (engine, plain))
+            ratios.append(theirs.completion_tokens_per_s / ours.completion_tokens_per_s)
+        found[f"token_over_plain_{name}"] = statistics.median(ratios)
+        found[f"accepted_{name}"] = ours.accepted_tokens / ours.completion_tokens
+    return found
+
+
 def measure(folder: Path, args: argparse.Namespace) -> Json:
     write_checkpoint(folder, args.hidden, args.layers)
     source = open_model(str(folder))
@@ -217,6 +233,8 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
     with Engine(build, source.processor, config) as engine:
         found = decode(engine, source.config, args.tokens)
         found |= second_question(engine)
+        with Engine(build, source.processor, replace(config, speculation="on")) as guessing:
+            found |= speculation(guessing, engine)
     # Chunks of one size whether rows decode or not, and nothing remembered, so that both runs do the same work.
     even = replace(config, prefill_chunk=CHUNK, prefill_chunk_while_decoding=CHUNK, prefix_cache_bytes=0)
     with Engine(build, source.processor, even) as engine:

@@ -81,8 +81,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
-    """What add_engine_options gave."""
-    return {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size, "context_shift": args.context_shift}
+    """What add_engine_options and add_speculation_options gave."""
+    options: EngineOptions = {
+        "kv_bits": args.kv_bits,
+        "kv_group_size": args.kv_group_size,
+        "context_shift": args.context_shift,
+    }
+    if args.no_speculation:
+        options["speculation"] = "off"
+    elif args.draft_tokens is not None:
+        options |= {"speculation": "on", "max_draft_tokens": args.draft_tokens}
+    return options
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
@@ -117,6 +126,29 @@ def open_source(args: argparse.Namespace) -> ModelSource:
         mmproj=args.mmproj,
         from_uqff=args.from_uqff,
     )
+
+
+def add_speculation_options(parser: argparse.ArgumentParser) -> None:
+    """--no-speculation, --draft-tokens, --draft-model."""
+    group = parser.add_argument_group("speculation (guess tokens, check several at once; the answer is the same)")
+    group.add_argument("--no-speculation", action="store_true", help="never guess")
+    group.add_argument(
+        "--draft-tokens", type=int, metavar="N", help="guess on any device, 1 to 15 at once (default: 8, on GPUs)"
+    )
+    group.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="a small model with the same vocabulary that guesses (default: guesses come from the text so far)",
+    )
+
+
+def draft_source(args: argparse.Namespace) -> ModelSource | None:
+    """Of --draft-model: its small files are read. Raises UsageError, ModelError."""
+    from mlxvlm.checkpoint.load import open_model
+
+    if args.no_speculation and args.draft_model is not None:
+        raise UsageError("--draft-model guesses, --no-speculation forbids it: leave one of them out")
+    return None if args.draft_model is None else open_model(args.draft_model)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:

@@ -17,6 +17,8 @@ from mlxvlm.cli.options import (
     add_model_options,
     add_quantisation_options,
     add_sampling_options,
+    add_speculation_options,
+    draft_source,
     engine_options,
     figures,
     load_options,
@@ -72,6 +74,7 @@ def add_parser(commands: Any) -> None:
     add_engine_options(parser)
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
+    add_speculation_options(parser)
     parser.set_defaults(execute=execute)
 
 
@@ -88,10 +91,10 @@ def execute(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
     prepare_s = time.perf_counter() - begun
-    budget, options = max_memory_bytes(args), load_options(args)
+    budget, options, draft = max_memory_bytes(args), load_options(args), draft_source(args)
     with (
         byte_bar("loading") as progress,
-        start(source, options, progress, budget, **engine_options(args)) as engine,
+        start(source, options, progress, budget, draft, **engine_options(args)) as engine,
     ):
         request = Request(messages, sampling, prompt=prompt)
         answer = _print_json if args.json else _print_stream

@@ -36,6 +36,7 @@ class Sizes:
     prefill_chunk: int
     vision_batch: int  # pixel values that go through the tower at once
     unpacked_token: int = 0  # bytes of one position of one layer, where a chunk's attention unpacks keys and values
+    checked: int = 0  # positions of a pass over guessed tokens, each of which has logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Need:
 
     length: int  # positions in the KV cache at its end
     held: int  # bytes beside them, from its start to its end
-    work: int  # bytes at the peak of one unit of its vision or prefill
+    work: int  # bytes at the peak of one unit of its vision or prefill, or of a pass over guesses
 
 
 class Admission:
@@ -74,7 +75,11 @@ class Admission:
         chunk = min(length, sizes.prefill_chunk)
         scores = _SCORE_COPIES * sizes.score_heads * chunk * length
         values = _PREFILL_VALUES * chunk * sizes.hidden + scores
-        work = max(_TOWER_VALUES * batch * sizes.itemsize, values * sizes.itemsize + sizes.unpacked_token * length)
+        work = max(
+            _TOWER_VALUES * batch * sizes.itemsize,
+            values * sizes.itemsize + sizes.unpacked_token * length,
+            _LOGITS_BYTES * sizes.vocab_size * sizes.checked,
+        )
         # The last token of an answer is never fed.
         return Need(len(prompt.token_ids) + max_tokens - 1, held, work)
 

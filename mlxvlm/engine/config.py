@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.prefix_cache import BLOCK_TOKENS
@@ -12,6 +12,8 @@ from mlxvlm.errors import UsageError
 
 KV_BITS = (8, 4)
 KV_GROUP_SIZES = (32, 64, 128)  # of mx.quantize
+
+DRAFT_TOKENS = 8  # with a row's last token 9, which MLX's vector kernels take together (`get_qmv_batch_limit`: 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class EngineConfig:
     kv_bits: int | None = None
     kv_group_size: int = 64
     context_shift: bool = False  # an answer that reaches the end of the context goes on without its oldest half
+    speculation: Literal["auto", "on", "off"] = "auto"  # guess tokens, check several at once; auto: on GPUs
+    max_draft_tokens: int = DRAFT_TOKENS  # of a row at once
     num_workers: int = 2  # threads that prepare prompts and images
     # Kept between requests; None: what device.cache_budget() gives both together. 0: nothing.
     prefix_cache_bytes: int | None = None
@@ -59,3 +63,5 @@ class EngineOptions(TypedDict, total=False):
     kv_bits: int | None
     kv_group_size: int
     context_shift: bool
+    speculation: Literal["auto", "on", "off"]
+    max_draft_tokens: int

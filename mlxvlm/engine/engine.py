@@ -25,16 +25,17 @@ from mlxvlm.engine.admission import Admission
 from mlxvlm.engine.caches import make_caches
 from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.constraints import Constraints
+from mlxvlm.engine.decoding import Counts, Decoding, Ends
+from mlxvlm.engine.draft_model import Draft, speculation
 from mlxvlm.engine.failures import failure_of
 from mlxvlm.engine.kv_layout import quantised
 from mlxvlm.engine.request import Completion, FinishReason, Request
-from mlxvlm.engine.runner import ModelRunner, Step
-from mlxvlm.engine.sampler import read
+from mlxvlm.engine.runner import ModelRunner
 from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
 from mlxvlm.engine.stats import CacheStats, EngineStats
 from mlxvlm.engine.stream import Stream
-from mlxvlm.errors import EngineClosedError, InputError, InternalError, MlxvlmError, OverloadedError, UsageError
+from mlxvlm.errors import EngineClosedError, MlxvlmError, OverloadedError, UsageError
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.processors.base import Processor, Prompt
 
@@ -51,8 +52,14 @@ class Engine:
     """
 
     def __init__(
-        self, build: Build, processor: Processor, config: EngineConfig, progress: Progress | None = None
+        self,
+        build: Build,
+        processor: Processor,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        draft: Draft | None = None,
     ) -> None:
+        """draft: a smaller model that guesses what this one will say."""
         self.config = config
         self.processor = processor
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -60,13 +67,14 @@ class Engine:
         self._lock = threading.Lock()  # around what is open, and whether more may be
         self._all_ended = threading.Condition(self._lock)
         self._refusing = False
-        self._pending: Step | None = None
         self._next_deadline = math.inf
-        self._steps = self._generated = 0
+        self._counts = Counts()
         self._closing = threading.Event()
         self._loaded: Future[None] = Future()
         self._pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="mlxvlm-prepare")
-        self._thread = threading.Thread(target=self._run, args=(build, progress), name="mlxvlm-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(build, progress, draft), name="mlxvlm-engine", daemon=True
+        )
         self._thread.start()
         # A daemon thread inside MLX must not outlive the interpreter.
         self._finalizer = weakref.finalize(self, _stop, self._closing, self._commands, self._thread)
@@ -112,15 +120,17 @@ class Engine:
     def stats(self) -> EngineStats:
         """How much runs, waits, is reserved and is kept; callable from any thread."""
         runner: ModelRunner | None = self.__dict__.get("_runner")
-        running, budget = self._scheduler.num_running, self._admission
+        running, budget, counts = self._scheduler.num_running, self._admission, self._counts
         return EngineStats(
             running=running,
             waiting=max(len(self._open) - running, 0),
             budget_bytes=budget.budget,
             model_bytes=budget.base,
             reserved_bytes=budget.reserved,
-            steps=self._steps,
-            generated_tokens=self._generated,
+            steps=counts.steps,
+            generated_tokens=counts.generated_tokens,
+            drafted_tokens=counts.drafted_tokens,
+            accepted_tokens=counts.accepted_tokens,
             prefix_cache=CacheStats() if runner is None else runner.prefixes.stats(),
             feature_cache=CacheStats() if runner is None else runner.features.stats(),
             encoded_images=0 if runner is None else runner.encoded_images,
@@ -160,39 +170,47 @@ class Engine:
 
     # Everything below runs on the engine thread.
 
-    def _run(self, build: Build, progress: Progress | None) -> None:
+    def _run(self, build: Build, progress: Progress | None, draft: Draft | None) -> None:
         try:
-            if self._load(build, progress):
+            if self._load(build, progress, draft):
                 while not self._closing.is_set():
                     self._drain()
                     failure = failure_of(self._tick)
                     if failure is not None:
-                        self._pending = None
+                        self._decoding.pending = None
                         self._fail(self._all_open(), failure)
         finally:
             self._shut_down()
 
-    def _load(self, build: Build, progress: Progress | None) -> bool:
+    def _load(self, build: Build, progress: Progress | None, draft: Draft | None) -> bool:
         def report(done: int, total: int) -> None:
             if self._closing.is_set():
                 raise EngineClosedError("loading was interrupted")
             if progress is not None:
                 progress(done, total)
 
+        model: VisionLanguageModel | None = None
         try:
             device.configure()
             model = build(report)
+            self._vocab_size = model.vocab_size
+            guesses = speculation(self.config, self.processor, self._vocab_size, draft, report)
             budget = self.config.max_memory_bytes
             budget = device.default_budget() if budget is None else budget
             used = device.memory().active_bytes
             specs = quantised(model.kv_specs, self.config.kv_bits, self.config.kv_group_size)
             caches = make_caches(self.config, specs, budget - used)
             self._runner = ModelRunner(model, *caches, self.config.prefill_chunk, specs)
-            self._vocab_size = model.vocab_size
             self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
-            self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), self._runner.sizes)
+            ends = Ends(
+                self._guarded, self._fail, self._forget, partial(Sequence.shift, max_context=self.config.max_context)
+            )
+            self._decoding = Decoding(self._runner, self._constraints, guesses, ends, self._counts)
+            sizes = guesses.added_to(self._runner.sizes)
+            self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), sizes)
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
+            model = None  # whoever keeps the error keeps this frame
             self._loaded.set_exception(error)
             return False
         self._loaded.set_result(None)
@@ -203,7 +221,7 @@ class Engine:
             self._refusing = True
             self._closing.set()
         self._fail(self._all_open(), EngineClosedError("the engine was closed"))
-        self._pending = None
+        self.__dict__.pop("_decoding", None)
         runner: ModelRunner | None = self.__dict__.pop("_runner", None)
         if runner is not None:
             runner.prefixes.close()
@@ -215,7 +233,7 @@ class Engine:
 
     def _drain(self) -> None:
         """Runs waiting commands; sleeps until the next deadline when there is nothing else to do."""
-        idle = not self._scheduler.is_busy and self._pending is None
+        idle = not self._scheduler.is_busy and self._decoding.pending is None
         left = min(max(self._next_deadline - time.perf_counter(), 0.0), _LONGEST_SLEEP_S)
         with suppress(queue.Empty):
             while True:
@@ -227,7 +245,7 @@ class Engine:
         self._scheduler.grow()
         self._scheduler.admit()
         decoding = self._scheduler.decoding
-        self._decode(decoding)
+        self._decoding.advance(decoding)
         unit = self._scheduler.next_unit()
         if unit is not None:
             self._guarded([unit], partial(self._advance, unit, bool(decoding)))
@@ -247,68 +265,6 @@ class Engine:
     def _all_open(self) -> list[Sequence]:
         with self._lock:
             return list(self._open.values())
-
-    def _decode(self, decoding: list[Sequence]) -> None:
-        """Starts a step, then reads the one before: some of its rows may have had their last in it."""
-        previous, self._pending = self._pending, None
-        owners = set(self._runner.batch.owners)
-        rows = [sequence for sequence in decoding if sequence.id in owners]
-        if rows and failure_of(partial(self._launch, rows, previous)):
-            self._launch_without_culprits(rows, previous)
-        self._retire()
-        if previous is not None:
-            self._guarded(previous.rows, partial(self._deliver, previous))
-        if self._pending is not None and self._pending.sampled is None:
-            self._guarded(self._pending.rows, self._choose)
-        on_their_way = owners if previous is None else owners | {row.id for row in previous.rows}
-        for row in decoding:
-            # Neither in the batch nor with its last token on the way: it would never end.
-            if row.id not in on_their_way:
-                self._fail([row], InternalError("the request has lost its keys and values"))
-
-    def _launch(self, rows: list[Sequence], previous: Step | None) -> None:
-        self._pending = self._runner.decode(rows, previous)
-        self._steps += 1
-
-    def _launch_without_culprits(self, rows: list[Sequence], previous: Step | None) -> None:
-        """A step has failed: rows that also fail alone end, the others get the step once more."""
-        rest = [row for row in rows if self._guarded([row], partial(self._runner.attempt, row, previous))]
-        if rest:
-            self._guarded(rest, partial(self._launch, rest, previous))
-
-    def _retire(self) -> None:
-        """Rows whose last token is on its way leave the batch. What is kept of them may bring the step's own error."""
-        step = self._pending
-        for row in [] if step is None else step.rows:
-            if step is not None and row.launched >= row.max_tokens:
-                self._guarded(step.rows, partial(self._runner.drop, row))
-
-    def _choose(self) -> None:
-        """Samples a step that waited for the tokens before it: the device has its forward pass to do meanwhile."""
-        step, self._pending = self._pending, None
-        assert step is not None
-        rows = [(row.constraint, row.token_ids) if row.constraint else None for row in step.rows]
-        masks = self._constraints.masks(rows) if any(rows) else None
-        for row in step.rows:
-            if row.constraint is not None and row.constraint.error is not None:
-                self._fail([row], InputError(row.constraint.error))
-        self._pending = self._runner.choose(step, masks)
-
-    def _deliver(self, step: Step) -> None:
-        """Reads a step and hands its tokens out; rows that ended in the meantime are passed over."""
-        assert step.sampled is not None
-        results = read(step.sampled, [row.sampler for row in step.rows])
-        for row, (token_id, is_bad, logprob) in zip(step.rows, results, strict=True):
-            if row.done:
-                continue
-            if is_bad:
-                self._fail([row], InternalError("the model produced NaN for this request"))
-            elif self._guarded([row], partial(row.accept, token_id, logprob)):
-                self._generated += 1
-                if row.done:
-                    self._forget(row)
-                elif row.outgrows:
-                    self._guarded([row], partial(row.shift, self.config.max_context))
 
     def _advance(self, sequence: Sequence, is_decoding: bool) -> None:
         if not sequence.started:
@@ -371,9 +327,7 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         """Frees all that an ended sequence holds."""
         self._scheduler.remove(sequence)
-        # Keeping its keys and values waits for the step under way, and may be where that step's error shows.
-        under_way = [] if self._pending is None else self._pending.rows
-        self._guarded(under_way, partial(self._runner.drop, sequence))
+        self._decoding.forget(sequence)
         if sequence.preparing is not None:
             sequence.preparing.cancel()
         with self._lock:

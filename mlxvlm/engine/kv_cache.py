@@ -31,6 +31,11 @@ def length_class(length: int) -> int:
     return max(length, _SHORT - 1).bit_length()
 
 
+def room_in_class(length: int) -> int:
+    """More tokens that a row's class has buffers for; the one beyond them moves it, which no pass may do half-way."""
+    return (1 << length_class(length)) - length
+
+
 @dataclass(frozen=True, slots=True)
 class KVBlock:
     """A copy of some positions of one row, all layers in one array a part, as MLX limits how many buffers there are."""
@@ -253,10 +258,14 @@ class KVPass:
             self._masks[key] = "causal" if plain else visible(group.lengths, self._new, spec)
         return self._masks[key]
 
-    def commit(self) -> None:
-        """The pass was built without an error: its tokens count."""
+    def commit(self, counts: Sequence[int] | None = None) -> None:
+        """The pass was built without an error: its tokens count; or only the first so many of each row, in batch order.
+
+        What does not count is overwritten by the next pass. Until this is called no row may join or leave.
+        """
+        given = iter(counts or ())
         for group in self.groups:
-            group.lengths = [length + self._new for length in group.lengths]
+            group.lengths = [length + (self._new if counts is None else next(given)) for length in group.lengths]
 
 
 def visible(lengths: Sequence[int], new: int, spec: KVSpec) -> mx.array:
@@ -320,10 +329,10 @@ class KVBatch:
         self._drop_empty()
         return row
 
-    def forward(self) -> KVPass:
-        """A decode step of all rows; rows that outgrew their group change it first."""
+    def forward(self, new: int = 1) -> KVPass:
+        """A decode step of all rows, `new` tokens each; rows that outgrew their group change it first."""
         self._regroup()
-        return KVPass(self.groups, 1)
+        return KVPass(self.groups, new)
 
     def _regroup(self) -> None:
         strays = []

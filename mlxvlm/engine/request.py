@@ -55,6 +55,8 @@ class Usage:
     time_to_first_token_s: float
     total_s: float
     cached_tokens: int = 0  # of the prompt's, taken from the prefix cache
+    drafted_tokens: int = 0  # guessed, to be checked several at once
+    accepted_tokens: int = 0  # of the completion's, those that were guessed
 
     @property
     def prompt_tokens_per_s(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from copy import copy
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.engine.prefix_cache import PrefixCache
 from mlxvlm.engine.sampler import Sampled, sample
 from mlxvlm.engine.sequence import Phase, Sequence
+from mlxvlm.engine.verify import Verification
 from mlxvlm.models.base import KVSpec, RowState, VisionLanguageModel
 from mlxvlm.processors.base import PreparedImage
 
@@ -172,6 +174,10 @@ class ModelRunner:
         mx.async_eval(*sampled.arrays)
         return replace(step, sampled=sampled, logits=None)
 
+    def verify(self, sequences: Seq[Sequence], drafts: Mapping[int, Seq[int]]) -> Verification:
+        """Starts a pass over guesses of rows, by row. All rows of the batch, and all their tokens read."""
+        return Verification(self.model, self.batch, sequences, drafts)
+
     def attempt(self, sequence: Sequence, previous: Step | None) -> None:
         """One step of one row alone that changes nothing; raises what a step of all rows raises on its account."""
         group = self.batch.take(sequence.id)
@@ -213,14 +219,14 @@ def _sizes(model: VisionLanguageModel, specs: Seq[KVSpec], prefill_chunk: int) -
 
 
 def _last_tokens(rows: Seq[Sequence], previous: Step | None) -> mx.array:
-    """[B, 1]: what each row sampled in the previous step, read or not; a new row's last prompt token."""
+    """[B, 1]: what each row sampled in the previous step, read or not; of others the last token that is known."""
     places = {row.id: index for index, row in enumerate(previous.rows)} if previous else {}
     source = [] if previous is None or previous.sampled is None else [previous.sampled.tokens]
     fresh = [row for row in rows if row.id not in places]
     if fresh:
         first = len(places)
         places |= {row.id: first + index for index, row in enumerate(fresh)}
-        source.append(mx.array([row.prompt.token_ids[-1] for row in fresh], mx.uint32))
+        source.append(mx.array([row.last_token for row in fresh], mx.uint32))
     tokens = source[0] if len(source) == 1 else mx.concatenate(source)
     order = [places[row.id] for row in rows]
     if order != list(range(tokens.shape[0])):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -53,6 +55,16 @@ class RowSampler:
         self.step += 1
         if self.counts is not None:
             self.counts = self.counts.at[tokens[index]].add(1)
+
+    def ahead(self, guessed: Sequence[int], vocab_size: int) -> RowSampler:
+        """Another one, as this one will be once it has chosen the guessed tokens."""
+        if self.params.has_penalties:
+            self.tally(vocab_size)
+        later = copy(self)
+        later.step += len(guessed)
+        if later.counts is not None and guessed:
+            later.counts = later.counts.at[mx.array(list(guessed))].add(1)
+        return later
 
     def key(self) -> NDArray[np.uint32]:
         """The random key of this step, [2]."""
@@ -251,8 +263,11 @@ def _logprobs(
     return chosen, top_ids, mx.take_along_axis(logprobs, top_ids, axis=-1)
 
 
-def read(sampled: Sampled, rows: Sequence[RowSampler]) -> list[tuple[int, bool, TokenLogprob | None]]:
-    """Waits for a step: (token id, bad, logprob) of each row."""
+Result: TypeAlias = tuple[int, bool, TokenLogprob | None]  # token id, whether it means nothing, logprob
+
+
+def read(sampled: Sampled, rows: Sequence[RowSampler]) -> list[Result]:
+    """Waits for a step."""
     tokens, bad = np.array(sampled.tokens).tolist(), np.array(sampled.bad).tolist()
     return list(zip(tokens, bad, _read_logprobs(sampled, tokens, rows), strict=True))
 

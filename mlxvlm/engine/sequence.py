@@ -62,6 +62,7 @@ class Sequence:
         self.cached_tokens = 0
         self.failed = False
         self.token_ids: list[int] = []  # generated and delivered
+        self.drafted_tokens = self.accepted_tokens = 0
 
     def begin(self, prompt: Prompt, processor: Processor, max_tokens: int, eos: frozenset[int]) -> None:
         """The prompt is ready: everything that generating needs is set up. A limit may be raised while it runs."""
@@ -81,7 +82,7 @@ class Sequence:
 
     def _start(self, prompt: Prompt) -> None:
         self.prompt = prompt
-        self._before = len(self.token_ids)  # generated tokens that a shift has made part of the prompt, or dropped
+        self.before = len(self.token_ids)  # generated tokens that a shift has made part of the prompt, or dropped
         self.block_keys: list[bytes] = []  # of the prefix cache, as far as ids are known
         self.features: list[mx.array | None] = [None] * len(prompt.images)
         self.needed: Seq[int] = ()  # images that must have features
@@ -101,7 +102,7 @@ class Sequence:
 
         What is reserved is enough, as it was for a full context.
         """
-        prompt = shifted(self.prompt, self.token_ids[self._before :], self.keep)
+        prompt = shifted(self.prompt, self.token_ids[self.before :], self.keep)
         self._start(prompt)
         self.full = len(self.token_ids) + max_context - len(prompt.token_ids)
         self.max_tokens = min(self.longest, self.full)
@@ -109,7 +110,7 @@ class Sequence:
     @property
     def ids(self) -> list[int]:
         """What its row holds: the prompt, and what was generated after it."""
-        return [*self.prompt.token_ids, *self.token_ids[self._before :]]
+        return [*self.prompt.token_ids, *self.token_ids[self.before :]]
 
     def start_clock(self) -> None:
         """The engine turns to this sequence for the first time."""
@@ -128,6 +129,16 @@ class Sequence:
     def prefill_length(self) -> int:
         """All but the last prompt token, which is the first that decode reads."""
         return len(self.prompt.token_ids) - 1
+
+    @property
+    def length(self) -> int:
+        """Positions in the KV cache, where all tokens are read: the last one is still to be fed."""
+        return len(self.prompt.token_ids) + len(self.token_ids) - self.before - 1
+
+    @property
+    def last_token(self) -> int:
+        """The next one to be fed, where all are read."""
+        return self.token_ids[-1] if self.token_ids else self.prompt.token_ids[-1]
 
     @property
     def pixel_bytes(self) -> int:
@@ -202,4 +213,6 @@ class Sequence:
             time_to_first_token_s=first - self.submitted,
             total_s=now - self.submitted,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )

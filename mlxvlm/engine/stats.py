@@ -26,6 +26,8 @@ class EngineStats:
     reserved_bytes: int = 0  # of the budget: the worst case of all rows
     steps: int = 0  # decode steps
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of the generated ones, those that were guessed
     prefix_cache: CacheStats = CacheStats()
     feature_cache: CacheStats = CacheStats()
     encoded_images: int = 0  # pictures that went through the vision tower

@@ -129,7 +129,7 @@ class VisionLanguageModel(Protocol):
         ...
 
     def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
-        """Inputs of a decode step from token ids [B, 1] and each row's state."""
+        """Inputs of a decode step from token ids [B, L], the next L of each row, and each row's state."""
         ...
 
     def __call__(self, inputs: Inputs, cache: Sequence[Cache]) -> mx.array:

@@ -248,9 +248,9 @@ def test_kv_flags(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     built: list[EngineConfig] = []
 
     class Spy(Engine):
-        def __init__(self, build: Any, processor: Any, config: EngineConfig, progress: Any = None) -> None:
+        def __init__(self, build: Any, processor: Any, config: EngineConfig, *rest: Any) -> None:
             built.append(config)
-            super().__init__(build, processor, config, progress)
+            super().__init__(build, processor, config, *rest)
 
     monkeypatch.setattr(runner, "Engine", Spy)
     model = str(write_wide(tmp_path, "idefics3"))

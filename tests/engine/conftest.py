@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
+from mlxvlm.engine import drafts
+
 
 def our_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("mlxvlm")]
@@ -24,3 +26,9 @@ def nothing_is_left() -> Iterator[None]:
     gc.enable()
     assert not our_threads()
     assert mx.get_active_memory() <= floor
+
+
+@pytest.fixture
+def tireless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses go on however often they fail."""
+    monkeypatch.setattr(drafts, "_LONGEST_PAUSE", 0)

@@ -80,10 +80,10 @@ class RandomModel(FakeModel):
         return self.table[hidden[..., 0].astype(mx.int32) % 97]
 
 
-def random_engine(model: FakeModel, eos: Sequence[int] = (END,), max_context: int = 4096) -> Engine:
+def random_engine(model: FakeModel, eos: Sequence[int] = (END,), max_context: int = 4096, **settings: Any) -> Engine:
     processor = FakeProcessor()
     processor.tokenizer, processor.image_token_id = TOKENIZER, IMAGE
-    return Engine(lambda progress: model, processor, EngineConfig(max_context, frozenset(eos)))
+    return Engine(lambda progress: model, processor, EngineConfig(max_context, frozenset(eos), **settings))
 
 
 def ask(ids: Sequence[int], **sampling: Any) -> Request:

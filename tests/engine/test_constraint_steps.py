@@ -91,7 +91,7 @@ class Order:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events = ""
-        deliver, choose = engine._deliver, engine._runner.choose
+        deliver, choose = engine._decoding._deliver, engine._runner.choose
 
         def delivered(step: Any) -> None:
             self.events += "D"
@@ -101,7 +101,7 @@ class Order:
             self.events += "S"
             return choose(*args)
 
-        monkeypatch.setattr(engine, "_deliver", delivered)
+        monkeypatch.setattr(engine._decoding, "_deliver", delivered)
         monkeypatch.setattr(engine._runner, "choose", chosen)
 
     def __call__(self, x: mx.array) -> None:

@@ -146,7 +146,7 @@ def test_a_defect_of_the_tick_ends_what_is_open_and_nothing_else(monkeypatch: py
             for stream in streams:
                 with pytest.raises(InternalError, match="ZeroDivisionError"):
                     stream.result()
-            assert eventually(lambda: engine._pending is None)  # and the thread sleeps
+            assert eventually(lambda: engine._decoding.pending is None)  # and the thread sleeps
         assert ids_of(engine.generate(ask([3], 5))) == answer([3], 5)
 
 
