@@ -50,7 +50,7 @@ class Admission:
     """The budget, and who has reserved what of it. Of the engine thread."""
 
     def __init__(self, budget: int, base: int, sizes: Sizes) -> None:
-        """`base` bytes are taken for good: the weights, and caches up to their own limits. Raises ModelError."""
+        """`base` bytes are taken for good: the weights, and what else was there before. Raises ModelError."""
         if base >= budget:
             raise ModelError(
                 f"the model takes {_size(base)}, but the memory budget is {_size(budget)}: quantise the model "
@@ -91,6 +91,11 @@ class Admission:
         # A buffer that grows is copied, one layer after the other.
         copied = kv // self._sizes.num_layers
         return kv + copied + sum(need.held for need in needs) + max(need.work for need in needs)
+
+    @property
+    def spare(self) -> int:
+        """Bytes that nobody has reserved: what is kept between requests must not exceed them."""
+        return self.budget - self.base - self.reserved
 
     def check(self, need: Need) -> None:
         """Raises MemoryBudgetError for a row that could not even run alone."""

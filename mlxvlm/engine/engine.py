@@ -191,7 +191,8 @@ class Engine:
             self._runner = ModelRunner(model, *caches, self.config.prefill_chunk)
             self._vocab_size = model.vocab_size
             self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
-            self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), self._runner.sizes)
+            self._admission = rows = Admission(budget, used, self._runner.sizes)
+            self._runner.spare = lambda: rows.spare
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             self._loaded.set_exception(error)
@@ -227,6 +228,7 @@ class Engine:
         self._expire()
         self._scheduler.grow()
         self._scheduler.admit()
+        self._runner.make_way()
         decoding = self._scheduler.decoding
         self._decode(decoding)
         unit = self._scheduler.next_unit()
@@ -371,10 +373,10 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         """Frees all that an ended sequence holds."""
-        self._scheduler.remove(sequence)
         # Keeping its keys and values waits for the step under way, and may be where that step's error shows.
         under_way = [] if self._pending is None else self._pending.rows
         self._guarded(under_way, partial(self._runner.drop, sequence))
+        self._scheduler.remove(sequence)  # last: what the caches take until then is beside what is reserved
         if sequence.preparing is not None:
             sequence.preparing.cancel()
         with self._lock:
