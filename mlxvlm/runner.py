@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from mlxvlm.checkpoint.load import REQUANTIZE, LoadOptions, ModelSource, open_model
-from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.config import EngineConfig, EngineOptions
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 
@@ -33,6 +34,7 @@ def load(
     requantize: str = REQUANTIZE,
     max_memory_bytes: int | None = None,
     progress: Progress | None = None,
+    **engine: Unpack[EngineOptions],
 ) -> Engine:
     """An engine with a model: "demo", a local folder, a GGUF file, or a Hugging Face repository id.
 
@@ -42,8 +44,10 @@ def load(
     from_uqff: UQFF files to take the weights from; mmproj: the GGUF file of a GGUF model's picture half; requantize:
     what quantised tensors without an exact MLX form become, "none" for 16 bits.
     max_memory_bytes: for weights, caches and all that runs; None for what the device recommends.
+    max_rows: requests that run at once (16). prefix_cache_dir: a folder for what was made of prompts, for the next
+    start of the same model; prefix_cache_dir_bytes: its limit (10 GiB); prefix_cache_eager: also what was used once.
     progress: called with (bytes done, bytes in all) while weights are read.
-    Raises ModelError and its kinds. Close the engine, or use it in a `with` block.
+    Raises UsageError, ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
     source = open_model(
         model, revision=revision, chat_template=_path(chat_template), mmproj=_path(mmproj), from_uqff=from_uqff
@@ -56,7 +60,7 @@ def load(
         cache_folder(isq_cache),
         requantize,
     )
-    return start(source, options, progress, max_memory_bytes)
+    return start(source, options, progress, max_memory_bytes, **engine)
 
 
 def start(
@@ -64,15 +68,19 @@ def start(
     options: LoadOptions | None = None,
     progress: Progress | None = None,
     max_memory_bytes: int | None = None,
+    **engine: Unpack[EngineOptions],
 ) -> Engine:
     """An engine with an opened model; see load()."""
+    options = options or LoadOptions()
     config = EngineConfig(
         source.max_context,
         source.defaults.eos_token_ids,
         sampling_defaults(source),
         max_memory_bytes=max_memory_bytes,
+        model_id=source.identity(options) if engine.get("prefix_cache_dir") else "",
+        **engine,
     )
-    return Engine(partial(source.build, options or LoadOptions()), source.processor, config, progress)
+    return Engine(partial(source.build, options), source.processor, config, progress)
 
 
 def cache_folder(choice: bool | str | Path) -> Path | None:
@@ -93,5 +101,7 @@ def sampling_defaults(source: ModelSource) -> SamplingParams:
         temperature=defaults.temperature,
         top_p=defaults.top_p,
         top_k=defaults.top_k,
+        min_p=defaults.min_p,
+        typical_p=defaults.typical_p,
         repetition_penalty=defaults.repetition_penalty,
     )

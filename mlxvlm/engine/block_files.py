@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxvlm.engine.kv_cache import KVBlock
+from mlxvlm.errors import UsageError
 
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}  # safetensors' names
 _SUFFIX = ".safetensors"
@@ -36,7 +37,10 @@ class BlockFiles:
     """A folder of blocks, at most `max_bytes`; the longest unused goes first. Several processes may share it."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the prefix cache can't be kept in {folder}: {error.strerror}") from error
         self._folder, self._max_bytes = folder, max_bytes
         self._lock = threading.Lock()
         self._waiting: set[str] = set()

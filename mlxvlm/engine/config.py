@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.prefix_cache import BLOCK_TOKENS
@@ -33,4 +34,14 @@ class EngineConfig:
     # checkpoint, revision, quantisation and dtype.
     prefix_cache_dir: Path | None = None
     prefix_cache_dir_bytes: int = 10 << 30
+    prefix_cache_eager: bool = False  # after their first use already: for processes that answer once
     model_id: str = ""
+
+
+class EngineOptions(TypedDict, total=False):
+    """The fields of EngineConfig that doors pass on as they are."""
+
+    max_rows: int
+    prefix_cache_dir: Path | None
+    prefix_cache_dir_bytes: int
+    prefix_cache_eager: bool

@@ -43,14 +43,22 @@ class PrefixCache:
     """
 
     def __init__(
-        self, max_bytes: int, block_tokens: int = BLOCK_TOKENS, root: bytes = _ROOT, files: BlockFiles | None = None
+        self,
+        max_bytes: int,
+        block_tokens: int = BLOCK_TOKENS,
+        root: bytes = _ROOT,
+        files: BlockFiles | None = None,
+        is_eager: bool = False,
     ) -> None:
-        """`files` outlive the process, so that `root` must then tell all models apart that write to them."""
+        """`files` outlive the process, so that `root` must then tell all models apart that write to them.
+
+        They are written when a second prompt uses a block, or, if `is_eager`, at once.
+        """
         self.block_tokens = block_tokens
         self.max_bytes = max_bytes
         self.nbytes = 0
         self.hits = self.misses = 0  # prompts of which something was held, or nothing
-        self._root, self._files = root, files
+        self._root, self._files, self._is_eager = root, files, is_eager
         # Least recently used first. A parent always comes after its children, so the first of all is a leaf.
         self._blocks: OrderedDict[bytes, KVBlock] = OrderedDict()
 
@@ -115,6 +123,8 @@ class PrefixCache:
                 held += 1
         finally:
             self._touch(keys[:held])
+        if self._is_eager and self._files is not None:
+            self._files.keep(keys[:held], [self._blocks[key] for key in keys[:held]])
 
     def shrink(self, max_bytes: float) -> None:
         """Drops blocks until at most `max_bytes` are held."""
