@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> None:
         "run",
         help="answer one question, with or without pictures",
         description="Answer one question, with or without pictures, and stream the answer to stdout.",
+        usage="%(prog)s [options] -m MODEL [prompt]",  # all of them would fill a screen before each error
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
