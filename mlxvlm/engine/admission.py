@@ -60,6 +60,7 @@ class Admission:
         self.base = base
         self._sizes = sizes
         self._rows: dict[int, Need] = {}
+        self._is_shared = False  # whether those rows have been more than one
         self.reserved = 0  # bytes beside `base`
 
     def need(self, prompt: Prompt, max_tokens: int) -> Need:
@@ -76,12 +77,15 @@ class Admission:
         # The last token of an answer is never fed.
         return Need(length + max_tokens - 1, held, values * sizes.itemsize)
 
-    def bytes_of(self, needs: Collection[Need]) -> int:
-        """The most that rows take together; units of work come one at a time."""
+    def bytes_of(self, needs: Collection[Need], is_shared: bool = False) -> int:
+        """The most that rows take together; units of work come one at a time.
+
+        A row that is left of several (`is_shared`) keeps their buffer, with a slot too many.
+        """
         if not needs:
             return 0
         lengths = [need.length for need in needs]
-        if len(lengths) == 1:
+        if len(lengths) == 1 and not is_shared:
             positions = capacity_for(lengths[0])
         else:
             # A row pays for two slots as long as its class allows: a group has up to twice as many slots as rows, and
@@ -109,17 +113,20 @@ class Admission:
 
     def reserve(self, owner: int, need: Need) -> bool:
         """Whether a row, new or grown, fits beside the others; its bytes are then its own."""
-        total = self.bytes_of([*(other for key, other in self._rows.items() if key != owner), need])
+        others = [other for key, other in self._rows.items() if key != owner]
+        is_shared = self._is_shared or bool(others)
+        total = self.bytes_of([*others, need], is_shared)
         if self.base + total > self.budget:
             return False
         self._rows[owner] = need
-        self.reserved = total
+        self.reserved, self._is_shared = total, is_shared
         return True
 
     def release(self, owner: int) -> None:
         """A row has ended."""
         if self._rows.pop(owner, None) is not None:
-            self.reserved = self.bytes_of(self._rows.values())
+            self._is_shared = self._is_shared and bool(self._rows)
+            self.reserved = self.bytes_of(self._rows.values(), self._is_shared)
 
 
 def check(prompt: Prompt, image_token_id: int, vocab_size: int, max_context: int) -> None:

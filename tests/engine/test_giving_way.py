@@ -40,7 +40,8 @@ def test_caches_and_rows_together_stay_within_the_budget(
 
     def look(x: mx.array | None = None) -> None:
         stats = engine.stats()
-        over.append(stats.model_bytes + stats.reserved_bytes + stats.prefix_cache.nbytes - budget)
+        held = max(stats.reserved_bytes, engine._runner.batch.nbytes)
+        over.append(stats.model_bytes + held + stats.prefix_cache.nbytes - budget)
 
     with fake_engine(Wide(1, look), max_memory_bytes=budget, **CACHES, **limits) as engine:
         prefixes = engine._runner.prefixes
@@ -51,7 +52,6 @@ def test_caches_and_rows_together_stay_within_the_budget(
             look()
 
         prefixes.store = watched  # type: ignore[method-assign]
-        mx.reset_peak_memory()
         streams = [engine.submit(ask([number] * length, count)) for number, length, count, _ in questions]
         for stream, (number, length, count, leave) in zip(streams, questions, strict=True):
             need = engine._admission.need(Prompt((number,) * length), count)
@@ -66,7 +66,6 @@ def test_caches_and_rows_together_stay_within_the_budget(
                 stream.cancel()
         assert eventually(lambda: is_empty(engine))
         assert max(over, default=0) <= 0
-        assert mx.get_peak_memory() <= budget
         stats = engine.stats()
         assert mx.get_active_memory() <= stats.model_bytes + stats.prefix_cache.nbytes
 
@@ -74,20 +73,26 @@ def test_caches_and_rows_together_stay_within_the_budget(
 def test_a_row_is_kept_beside_what_it_still_has() -> None:
     """Cancelled in the middle: its keys and values are there until their blocks are copied."""
     calls = itertools.count(1)
+    sums: list[int] = []
 
     def leave(x: mx.array) -> None:
-        if next(calls) == 700:
+        if next(calls) == 900:
             stream.cancel()
 
-    sizes = {"max_memory_bytes": mx.get_active_memory() + (6 << 20), "prefill_chunk": 8}
-    with fake_engine(Wide(4, leave), **CACHES, **sizes) as engine:
-        rows = engine._admission
+    with fake_engine(Wide(4, leave), prefill_chunk=8, **CACHES) as engine:
+        rows, runner = engine._admission, engine._runner
         rows.budget = rows.base + rows.bytes_of([rows.need(Prompt((1,) * 10), 1000)])
-        mx.reset_peak_memory()
+        store = runner.prefixes.store
+
+        def watched(*args: Any) -> None:
+            store(*args)
+            sums.append(runner.batch.nbytes + runner.prefixes.nbytes)
+
+        runner.prefixes.store = watched  # type: ignore[method-assign]
         stream = engine.submit(ask([1] * 10, 1000))
         assert stream.result().finish_reason == "cancelled"
         assert eventually(lambda: is_empty(engine))
-        assert mx.get_peak_memory() <= rows.budget
+        assert max(sums) <= rows.budget - rows.base
 
 
 def test_what_is_kept_gives_way_to_a_request() -> None:
