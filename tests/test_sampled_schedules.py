@@ -88,8 +88,7 @@ def question(prompt: Prompt, way: int, count: int) -> Request:
 @settings(max_examples=8, deadline=None)
 @given(
     rows=st.lists(ROWS, min_size=2, max_size=6),
-    chunks=st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    block=st.integers(1, 9),
+    sizes=st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9)),
     kept=st.tuples(st.sampled_from([0, 20_000, 1 << 24]), st.sampled_from([0, 10_000, 1 << 24])),
     max_rows=st.integers(1, 5),
 )
@@ -98,13 +97,12 @@ def test_each_row_is_what_it_is_alone(
     prompts: list[Prompt],
     alone: Alone,
     rows: list[Row],
-    chunks: tuple[int, int],
-    block: int,
+    sizes: tuple[int, int, int],
     kept: tuple[int, int],
     max_rows: int,
 ) -> None:
-    caches = {"prefix_block_tokens": block, "prefix_cache_bytes": kept[0], "feature_cache_bytes": kept[1]}
-    chunk = {"prefill_chunk": chunks[0], "prefill_chunk_while_decoding": chunks[1]}
+    chunk = dict(zip(("prefill_chunk", "prefill_chunk_while_decoding", "prefix_block_tokens"), sizes, strict=True))
+    caches = {"prefix_cache_bytes": kept[0], "feature_cache_bytes": kept[1]}
     with family.engine(max_rows=max_rows, **caches, **chunk) as (engine, _):
         for row, answer in zip(rows, run(engine, prompts, rows), strict=True):
             assert len(answer.token_ids) == row.count or row.leaves is not None

@@ -68,21 +68,23 @@ def test_reserved_bytes_come_back() -> None:
     rows.release(2)
     rows.release(1)
     assert rows.reserved == 0
-    # What is left of two keeps their buffer until it ends.
-    rows = Admission(10**9, 100, PLAIN)
-    assert rows.reserve(1, need)
-    alone = rows.reserved
-    assert rows.reserve(2, need)
-    rows.release(2)
-    assert rows.reserved == rows.bytes_of([need], is_shared=True) == 2 * alone
-    rows.release(1)
-    assert rows.reserve(1, need)
-    assert rows.reserved == alone
-    rows.release(1)
     with pytest.raises(
         MemoryBudgetError, match=r"needs up to 131\.1 kB for 2000 tokens, beside 100 bytes of the model"
     ):
         rows.check(Need(2000, 0, 0))
+
+
+def test_what_is_left_of_two_pays_for_their_buffer_until_it_ends() -> None:
+    shared, need = Admission(10**9, 100, PLAIN), Need(100, 0, 0)
+    assert shared.reserve(1, need)
+    alone = shared.reserved
+    assert shared.reserve(2, need)
+    shared.release(2)
+    assert shared.reserved == shared.bytes_of([need], is_shared=True) > alone
+    shared.release(1)
+    assert shared.reserve(1, need)
+    assert shared.reserved == alone
+    shared.release(1)
 
 
 EVENTS = st.lists(st.tuples(st.sampled_from("jjdddddr"), st.integers(1, 40), st.integers(1, 40)), max_size=60)
