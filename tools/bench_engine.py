@@ -285,7 +285,7 @@ class Row:
         self.id, self.phase = number, phase
         self.need = Need(1000, 0, 0)
         self.pixel_bytes = self.launched = 0
-        self.max_tokens, self.longest = 1024, 8192
+        self.max_tokens, self.longest, self.full = 1024, 8192, 8192
         self.work_left = 1000
 
 
