@@ -51,6 +51,8 @@ def load(
     speculation: guess tokens and check several at once, with the same answers: "auto" for where that helps (GPUs),
     "on" or "off"; max_draft_tokens: of a row at once (8). draft_model: a small model with the same vocabulary that
     guesses; without one, what was said before is looked up.
+    max_rows: requests that run at once (16). prefix_cache_dir: a folder for what was made of prompts, for the next
+    start of the same model; prefix_cache_dir_bytes: its limit (10 GiB); prefix_cache_eager: also what was used once.
     progress: called with (bytes done, bytes in all) while weights are read.
     Raises UsageError, ModelError and its kinds. Close the engine, or use it in a `with` block.
     """
@@ -88,6 +90,7 @@ def start(
         source.defaults.eos_token_ids,
         sampling_defaults(source),
         max_memory_bytes=max_memory_bytes,
+        model_id=source.identity(options) if engine.get("prefix_cache_dir") else "",
         **engine,
     )
     return Engine(partial(source.build, options), source.processor, config, progress, draft)
@@ -111,5 +114,7 @@ def sampling_defaults(source: ModelSource) -> SamplingParams:
         temperature=defaults.temperature,
         top_p=defaults.top_p,
         top_k=defaults.top_k,
+        min_p=defaults.min_p,
+        typical_p=defaults.typical_p,
         repetition_penalty=defaults.repetition_penalty,
     )

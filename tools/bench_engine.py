@@ -1,9 +1,10 @@
 """The engine beside the bare work of its model: decode steps, rows, second questions, stalls, padding, scheduling.
 
-    python tools/bench_engine.py [--hidden 768] [--layers 8] [--tokens 48]
+    python tools/bench_engine.py [--hidden 768] [--layers 8] [--tokens 48] [--mlx-vlm PYTHON] [--only decode ...]
 
 A synthetic Idefics3 checkpoint (random float32 weights; tokenizer and processor of the demo model) in a temporary
-folder. Ratios only: what they are compared to runs in the same process, in turns. The last line is JSON.
+folder. Ratios only: what they are compared to runs in turns with it. PYTHON is one that has mlx-vlm 0.7.10, which then
+runs on the same checkpoint beside us. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from bench_mlx_vlm import Peer
 from mlx.utils import tree_flatten
 from PIL import Image
 
@@ -29,20 +32,38 @@ import mlxvlm
 from mlxvlm.checkpoint.hub import DEMO, resolve
 from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.write import write_shards
+from mlxvlm.engine.admission import Admission, Need, Sizes
 from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
+from mlxvlm.engine.scheduler import Scheduler
+from mlxvlm.engine.sequence import Phase
 from mlxvlm.families import family_of
 from mlxvlm.messages import user
 from mlxvlm.models.base import KVSpec
+from mlxvlm.processors.base import Prompt
 
 CONTEXT = 8192
 ROWS = 8
 CHUNK = 256  # tokens
 SIDE = 256  # pixels of a picture
+LENGTH = 128  # tokens of a decoding row's prompt
+TICKS = 2000
+QUESTIONS = ("What is in this picture?", "How many shapes are there?")
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the figures are taken from."""
+
+    folder: Path
+    config: Json
+    tokens: int
+    start: Callable[..., Engine]  # with fields of EngineConfig
+    peer: Peer | None
 
 
 def write_checkpoint(folder: Path, hidden: int, layers: int) -> None:
@@ -123,40 +144,91 @@ def steps(engine: Engine, rows: int, tokens: int, length: int) -> float:
     return float(np.median(gaps))
 
 
-def decode(engine: Engine, config: Json, tokens: int) -> Json:
+def in_turns(times: int, *works: Callable[[], float]) -> list[float]:
+    """The median of each, all of them run once before any is run again."""
+    return [statistics.median(found) for found in zip(*([work() for work in works] for _ in range(times)), strict=True)]
+
+
+def decode(bench: Bench) -> Json:
     found: Json = {}
-    for rows in (1, ROWS):
-        length = 128
-        bare = bare_step(config, rows, length + tokens)
-        ours, floor = [], []
-        for _ in range(5):
-            ours.append(steps(engine, rows, tokens, length))
-            floor.append(statistics.median(bare() for _ in range(20)))
-        found[f"step_over_bare_{rows}_rows"] = statistics.median(ours) / statistics.median(floor)
-        found[f"step_ms_{rows}_rows"] = 1000 * statistics.median(ours)
+    with bench.start() as engine:
+        for rows in (1, ROWS):
+            bare = bare_step(bench.config, rows, LENGTH + bench.tokens)
+            works = [
+                partial(steps, engine, rows, bench.tokens, LENGTH),
+                lambda bare=bare: statistics.median(bare() for _ in range(20)),
+            ]
+            if bench.peer is not None:
+                work = {"work": "step"} if rows == 1 else {"work": "rows", "rows": rows}
+                works.append(partial(bench.peer, length=LENGTH, tokens=bench.tokens, **work))
+            ours, floor, *theirs = in_turns(5, *works)
+            found |= {f"step_over_bare_{rows}_rows": ours / floor, f"step_ms_{rows}_rows": 1000 * ours}
+            for seconds in theirs:
+                found[f"mlx_vlm_step_over_ours_{rows}_rows"] = seconds / ours
     found["throughput_8_rows_over_1"] = ROWS * found["step_ms_1_rows"] / found[f"step_ms_{ROWS}_rows"]
     return found
+
+
+def prefill(bench: Bench) -> Json:
+    """Up to the first token of 1,500 random tokens."""
+    if bench.peer is None:
+        return {}
+    random = np.random.default_rng(0)
+    sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+    with bench.start(prefix_cache_bytes=0) as engine:
+
+        def ours() -> float:
+            ids = tuple(map(int, random.integers(10, 400, 1500)))
+            return engine.generate(Request(sampling=sampling, prompt=Prompt(ids))).usage.prompt_s
+
+        def theirs() -> float:
+            assert bench.peer is not None
+            return bench.peer("prefill", ids=random.integers(10, 400, 1500).tolist())
+
+        seconds, peers = in_turns(5, ours, theirs)
+    return {"prefill_tokens_per_s": 1500 / seconds, "mlx_vlm_prefill_over_ours": peers / seconds}
 
 
 def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (256, 256, 3), np.uint8))
 
 
-def second_question(engine: Engine) -> Json:
+def second_question(bench: Bench) -> Json:
     """Time to first token of another question about a picture that was asked about, over the first question's."""
-    ratios = []
     sampling = SamplingParams(max_tokens=1, ignore_eos=True)
-    for seed in range(5):
-        image = picture(seed)
-        times = [
-            engine.generate(Request([user(question, [image])], sampling)).usage.time_to_first_token_s
-            for question in ("What is in this picture?", "How many shapes are there?")
-        ]
-        ratios.append(times[1] / times[0])
-    return {"second_question_over_first": statistics.median(ratios)}
+    ours, theirs = [], []
+    with bench.start() as engine:
+        for seed in range(5):
+            path = bench.folder / f"{seed}.png"
+            picture(seed).save(path)
+            requests = [Request([user(question, [path])], sampling) for question in QUESTIONS]
+            ours.append([engine.generate(request).usage.time_to_first_token_s for request in requests])
+            if bench.peer is not None:
+                theirs.append(
+                    [
+                        bench.peer("question", image=str(path), text=question, first=not number)
+                        for number, question in enumerate(QUESTIONS)
+                    ]
+                )
+    first, second = (statistics.median(column) for column in zip(*ours, strict=True))
+    found = {"second_question_over_first": second / first}
+    if theirs:
+        peers_first, peers_second = (statistics.median(column) for column in zip(*theirs, strict=True))
+        found |= {
+            "mlx_vlm_second_question_over_first": peers_second / peers_first,
+            "mlx_vlm_first_question_over_ours": peers_first / first,
+            "mlx_vlm_second_question_over_ours": peers_second / second,
+        }
+    return found
 
 
-def stall(engine: Engine) -> Json:
+def stall(bench: Bench) -> Json:
+    # Chunks of one size whether rows decode or not, and nothing remembered, so that both runs do the same work.
+    with bench.start(prefill_chunk=CHUNK, prefill_chunk_while_decoding=CHUNK, prefix_cache_bytes=0) as engine:
+        return longest_gap(engine)
+
+
+def longest_gap(engine: Engine) -> Json:
     """The longest gap of a running stream while a 4k-token prompt and 4 pictures come in, over one unit's time.
 
     A unit is a chunk or a picture, whichever takes longer. The chunk's time is the mean over the same prompt alone; its
@@ -192,7 +264,7 @@ def stall(engine: Engine) -> Json:
     }
 
 
-def padding() -> Json:
+def padding(bench: Bench) -> Json:
     """KV bytes of one row of 4,096 tokens and seven of 16, over the bytes of the tokens alone."""
     spec = KVSpec(num_kv_heads=2, head_dim=64)
     batch = KVBatch()
@@ -206,20 +278,69 @@ def padding() -> Json:
     return {"padded_over_real": batch.nbytes / ((4096 + 7 * 16) * spec.bytes_per_token(mx.float32))}
 
 
-def speculation(engine: Engine, plain: Engine) -> Json:
+def speculation(bench: Bench) -> Json:
     """A token's time with guesses over without: of an answer that goes round, and of one that never repeats itself."""
     # Random weights go round when greedy, and say anything when hot.
-    answers = {"repeating": {}, "never_repeating": {"temperature": 2.0, "seed": 1}}
+    answers: dict[str, Json] = {"repeating": {}, "never_repeating": {"temperature": 2.0, "seed": 1}}
     found: Json = {}
-    for name, sampling in answers.items():
-        request = Request([user("go on " * 20)], SamplingParams(max_tokens=200, ignore_eos=True, **sampling))
-        ratios = []
-        for _ in range(5):
-            ours, theirs = (each.generate(request).usage for each in (engine, plain))
-            ratios.append(theirs.completion_tokens_per_s / ours.completion_tokens_per_s)
-        found[f"token_over_plain_{name}"] = statistics.median(ratios)
-        found[f"accepted_{name}"] = ours.accepted_tokens / ours.completion_tokens
+    with bench.start(speculation="on") as guessing, bench.start(speculation="off") as plain:
+        for name, sampling in answers.items():
+            request = Request([user("go on " * 20)], SamplingParams(max_tokens=200, ignore_eos=True, **sampling))
+            ratios = []
+            for _ in range(5):
+                ours, theirs = (each.generate(request).usage for each in (guessing, plain))
+                ratios.append(theirs.completion_tokens_per_s / ours.completion_tokens_per_s)
+            found[f"token_over_plain_{name}"] = statistics.median(ratios)
+            found[f"accepted_{name}"] = ours.accepted_tokens / ours.completion_tokens
     return found
+
+
+class Row:
+    """What the scheduler sees of a sequence."""
+
+    def __init__(self, number: int, phase: Phase) -> None:
+        self.id, self.phase = number, phase
+        self.need = Need(1000, 0, 0)
+        self.pixel_bytes = self.launched = 0
+        self.max_tokens, self.longest, self.full = 1024, 8192, 8192
+        self.work_left = 1000
+
+
+def scheduling(bench: Bench) -> Json:
+    """Microseconds that a tick's decisions take: one row ends, one that waits gets its place, one has a unit to do."""
+    found: Json = {}
+    for rows in (1, ROWS, 64):
+        scheduler: Any = Scheduler(
+            rows, Admission(1 << 50, 0, Sizes(100, 1, 4, 4, 61, 1, lambda prompt: 0, 2048, 1000))
+        )
+        running = [Row(number, Phase.DECODE) for number in range(rows - 1)] + [Row(rows, Phase.PREFILL)]
+        for row in running:
+            scheduler.add(row)
+        scheduler.admit()
+        spent = []
+        for tick in range(TICKS):
+            running.append(Row(rows + 1 + tick, running[0].phase))
+            begun = time.perf_counter()
+            scheduler.remove(running.pop(0))
+            scheduler.add(running[-1])
+            scheduler.grow()
+            scheduler.admit()
+            decoding, unit = scheduler.decoding, scheduler.next_unit()
+            spent.append(time.perf_counter() - begun)
+            assert len(decoding) + (unit is not None) == rows
+        found[f"scheduler_us_{rows}_rows"] = 1e6 * statistics.median(spent)
+    return found
+
+
+FIGURES: dict[str, Callable[[Bench], Json]] = {
+    "decode": decode,
+    "prefill": prefill,
+    "second_question": second_question,
+    "stall": stall,
+    "padding": padding,
+    "speculation": speculation,
+    "scheduling": scheduling,
+}
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Json:
@@ -227,19 +348,20 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
     source = open_model(str(folder))
     config = EngineConfig(source.max_context, source.defaults.eos_token_ids)
 
-    def build(progress: Any) -> Any:
-        return source.build(LoadOptions("float32"), progress)
+    def start(**settings: Any) -> Engine:
+        build = partial(source.build, LoadOptions("float32"))
+        return Engine(build, source.processor, replace(config, **settings))
 
-    with Engine(build, source.processor, config) as engine:
-        found = decode(engine, source.config, args.tokens)
-        found |= second_question(engine)
-        with Engine(build, source.processor, replace(config, speculation="on")) as guessing:
-            found |= speculation(guessing, engine)
-    # Chunks of one size whether rows decode or not, and nothing remembered, so that both runs do the same work.
-    even = replace(config, prefill_chunk=CHUNK, prefill_chunk_while_decoding=CHUNK, prefix_cache_bytes=0)
-    with Engine(build, source.processor, even) as engine:
-        found |= stall(engine)
-    return found | padding()
+    peer = None if args.mlx_vlm is None else Peer(args.mlx_vlm, folder)
+    try:
+        bench = Bench(folder, source.config, args.tokens, start, peer)
+        found: Json = {}
+        for name in args.only or FIGURES:
+            found |= FIGURES[name](bench)
+        return found
+    finally:
+        if peer is not None:
+            peer.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -247,12 +369,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--mlx-vlm", type=Path, metavar="PYTHON", help="a Python that has mlx-vlm 0.7.10")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, metavar="NAME", help=f"of {', '.join(FIGURES)}")
     args = parser.parse_args(argv)
     mx.disable_compile()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), args)
     for name, value in found.items():
-        print(f"{name:<32} {value:8.3f}")
+        print(f"{name:<36} {value:8.3f}")
     print(json.dumps({"mlxvlm": mlxvlm.__version__, "device": str(mx.default_device()), **found}))
 
 

@@ -35,6 +35,12 @@ def recipe_of(options: LoadOptions) -> Recipe:
     return Recipe(spec, topology, options.isq_tower)
 
 
+def identity(source: ModelSource, options: LoadOptions) -> str:
+    """A key of all that decides a model's weights: files, config, recipe, number format, versions and device."""
+    files = source.files or weight_files(source.folder)
+    return entry_key(files, source.config, recipe_of(options), (options.dtype, options.requantize))
+
+
 def build(source: ModelSource, options: LoadOptions, progress: Progress) -> VisionLanguageModel:
     """The model of a source, with its weights evaluated. Raises ModelError and its kinds, UsageError for options."""
     recipe = recipe_of(options)

@@ -36,7 +36,7 @@ _READ_BYTES = 1 << 23
 _LEFT_OVER_S = 3600  # age at which a draft is no longer being written
 
 
-def entry_key(files: Sequence[Path], config: Mapping[str, Any], recipe: Recipe, dtype: mx.Dtype) -> str:
+def entry_key(files: Sequence[Path], config: Mapping[str, Any], recipe: Recipe, dtype: object) -> str:
     """Of the source files as they are now, the recipe, and what computes it."""
     digest = hashlib.sha256()
     made_by = (version("mlx"), version("mlxvlm"), str(mx.default_device()))

@@ -34,6 +34,8 @@ class GenerationDefaults:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
 
     @classmethod
@@ -51,6 +53,8 @@ class GenerationDefaults:
             temperature=float(generation.get("temperature") or 1.0),
             top_p=float(generation.get("top_p") or 1.0),
             top_k=int(generation.get("top_k") or 0),
+            min_p=float(generation.get("min_p") or 0.0),
+            typical_p=float(generation.get("typical_p") or 1.0),
             repetition_penalty=float(generation.get("repetition_penalty") or 1.0),
         )
 
@@ -85,6 +89,13 @@ class ModelSource:
     max_context: int
     # Of weights that are no safetensors: what has no exact form becomes the type given; see Conversion for the others.
     read: Callable[[QuantSpec | None, Progress, Shrink | None], Conversion] | None = None
+    files: tuple[Path, ...] = ()  # that `read` reads; else the folder's safetensors
+
+    def identity(self, options: LoadOptions) -> str:
+        """Tells this model, loaded like this, from all others, for what outlives the process. Raises ModelError."""
+        from mlxvlm.checkpoint.build import identity
+
+        return identity(self, options)
 
     def build(self, options: LoadOptions, progress: Any) -> Any:
         """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
@@ -154,7 +165,11 @@ def _open_uqff(name: str, from_uqff: str, revision: str | None, chat_template: P
     folder = resolve(name, revision, weights=not has_residual(files))
     base = folder if any(folder.glob("model*.safetensors")) else None
     source = _open_folder(name, folder, chat_template)
-    return replace(source, read=lambda requantize, progress, shrink: read(files, folder, base, requantize, progress))
+    return replace(
+        source,
+        read=lambda requantize, progress, shrink: read(files, folder, base, requantize, progress),
+        files=(*files, *([] if base is None else sorted(base.glob("model*.safetensors")))),
+    )
 
 
 def _open_gguf(name: str, path: Path, mmproj: Path | None, chat_template: Path | None) -> ModelSource:
@@ -175,4 +190,5 @@ def _open_gguf(name: str, path: Path, mmproj: Path | None, chat_template: Path |
     except NONSENSE as error:
         raise senseless(f"the metadata of {path}", error) from error
     folder = path.parent
-    return ModelSource(name, folder, model.config, family, processor, defaults, max_context, model.read)
+    paths = tuple(path for path, _ in model.recipes)
+    return ModelSource(name, folder, model.config, family, processor, defaults, max_context, model.read, paths)

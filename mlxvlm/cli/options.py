@@ -11,11 +11,9 @@ from mlxvlm.errors import UsageError
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import LoadOptions, ModelSource
     from mlxvlm.engine.config import EngineOptions
-    from mlxvlm.engine.params import SamplingParams
     from mlxvlm.engine.request import Usage
 
 REQUANTIZE = "8@32"  # of checkpoint.load, whose import would slow down --help
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +110,30 @@ def max_memory_bytes(args: argparse.Namespace) -> int | None:
     return int(args.max_memory * 1e9)
 
 
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """--prefix-cache and --prefix-cache-size."""
+    group = parser.add_argument_group("what the next start need not read again")
+    group.add_argument(
+        "--prefix-cache", type=Path, metavar="DIR", help="keep what was made of prompts and pictures in files here"
+    )
+    group.add_argument(
+        "--prefix-cache-size", type=float, metavar="GB", help="at most, the longest unused goes first (default: 10)"
+    )
+
+
+def cache_options(args: argparse.Namespace) -> EngineOptions:
+    """What add_cache_options gave. Raises UsageError."""
+    size, folder = args.prefix_cache_size, args.prefix_cache
+    if size is not None and folder is None:
+        raise UsageError("--prefix-cache-size limits a folder: give it with --prefix-cache DIR")
+    if size is not None and not 0 < size < 1e6:
+        raise UsageError(f"--prefix-cache-size is a number of gigabytes above 0, not {size:g}")
+    found: EngineOptions = {} if folder is None else {"prefix_cache_dir": folder.expanduser()}
+    if size is not None:
+        found["prefix_cache_dir_bytes"] = int(size * 1e9)
+    return found
+
+
 def open_source(args: argparse.Namespace) -> ModelSource:
     """The model of add_model_options; its losses and what it leaves alone are told on stderr while it is built."""
     import logging
@@ -151,36 +173,11 @@ def draft_source(args: argparse.Namespace) -> ModelSource | None:
     return None if args.draft_model is None else open_model(args.draft_model)
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """--temperature and its kin; what is not given comes from the checkpoint."""
-    group = parser.add_argument_group("sampling (defaults come from the checkpoint's generation_config.json)")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
-    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that sum up to P (1: all)")
-    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens (0: all)")
-    group.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the best")
-    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: avoid tokens seen so far")
-    group.add_argument("--frequency-penalty", type=float, metavar="X", help="as OpenAI's, for each earlier use")
-    group.add_argument("--presence-penalty", type=float, metavar="X", help="as OpenAI's, once for a token used")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    group.add_argument(
-        "--max-tokens", type=int, default=max_tokens, metavar="N", help="longest answer (default: %(default)s)"
-    )
-
-
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """--min-pixels and --max-pixels."""
     group = parser.add_argument_group("image sizes (models that take pictures of any size: Qwen2-VL)")
     group.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures whose width x height is less")
     group.add_argument("--max-pixels", type=int, metavar="N", help="shrink those beyond it: fewer tokens, less detail")
-
-
-def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
-    """The checkpoint's defaults with what the user gave."""
-    from dataclasses import replace
-
-    given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
-    return replace(defaults, **given, seed=args.seed, stop=tuple(args.stop), max_tokens=args.max_tokens)
 
 
 def size_text(size: float) -> str:
@@ -193,8 +190,9 @@ def size_text(size: float) -> str:
 
 def figures(usage: Usage, peak_bytes: int, time_to_first_token_s: float) -> str:
     """One line of counts and speeds."""
+    cached = f" ({usage.cached_tokens} kept)" if usage.cached_tokens else ""
     return (
-        f"prompt {usage.prompt_tokens} tokens, {usage.prompt_tokens_per_s:.1f} tok/s | "
+        f"prompt {usage.prompt_tokens} tokens{cached}, {usage.prompt_tokens_per_s:.1f} tok/s | "
         f"completion {usage.completion_tokens} tokens, {usage.completion_tokens_per_s:.1f} tok/s | "
         f"first token {time_to_first_token_s:.2f} s | peak memory {size_text(peak_bytes)}"
     )

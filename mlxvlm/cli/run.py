@@ -12,21 +12,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mlxvlm.cli.options import (
+    add_cache_options,
     add_engine_options,
     add_image_options,
     add_model_options,
     add_quantisation_options,
-    add_sampling_options,
     add_speculation_options,
+    cache_options,
     draft_source,
     engine_options,
     figures,
     load_options,
     max_memory_bytes,
     open_source,
-    sampling_params,
 )
 from mlxvlm.cli.progress import byte_bar
+from mlxvlm.cli.sampling_options import add_sampling_options, sampling_params
 from mlxvlm.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ examples:
   mlxvlm run -m ./SmolVLM-Instruct --image https://example.org/a.jpg --image b.png "Compare the two."
   cat notes.txt | mlxvlm run -m ./SmolVLM-Instruct -
   mlxvlm run -m demo --json "hello" | jq .text
+  mlxvlm run -m demo --image picture.png --regex "(red|blue) (star|heart)" "What is it?"
+  mlxvlm run -m demo --json-schema '{"type": "array", "items": {"type": "string"}}' "Name two colours."
+  mlxvlm run -m demo --temperature 0.7 --min-p 0.05 --seed 1 --timeout 20 "Tell me a story."
 
 The answer goes to stdout, a line of figures to stderr.
 """
@@ -54,6 +58,7 @@ def add_parser(commands: Any) -> None:
         "run",
         help="answer one question, with or without pictures",
         description="Answer one question, with or without pictures, and stream the answer to stdout.",
+        usage="%(prog)s [options] -m MODEL [prompt]",  # all of them would fill a screen before each error
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,11 +72,13 @@ def add_parser(commands: Any) -> None:
         help="a path, URL, data: URL or base64 text; repeatable, in order, before the question",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="end the answer with what there is by then")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
     parser.add_argument("-q", "--quiet", action="store_true", help="no figures on stderr")
     add_model_options(parser)
     add_quantisation_options(parser)
     add_engine_options(parser)
+    add_cache_options(parser)
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
     add_speculation_options(parser)
@@ -86,19 +93,29 @@ def execute(args: argparse.Namespace) -> int:
 
     messages = _messages(args)
     source = open_source(args)
+    # Before the weights: a mistyped path or number should not cost a minute of loading.
     sampling = sampling_params(args, sampling_defaults(source))
-    # Before the weights: a mistyped path should not cost a minute of loading.
+    sampling.check(sys.maxsize)  # the vocabulary's size is looked at later
+    timeout_s, options = _timeout_s(args), engine_options(args) | cache_options(args)
+    options["prefix_cache_eager"] = True  # one question a process: what it leaves must be there for the next
     begun = time.perf_counter()
     prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
     prepare_s = time.perf_counter() - begun
-    budget, options, draft = max_memory_bytes(args), load_options(args), draft_source(args)
+    budget, draft = max_memory_bytes(args), draft_source(args)
     with (
         byte_bar("loading") as progress,
-        start(source, options, progress, budget, draft, **engine_options(args)) as engine,
+        start(source, load_options(args), progress, budget, draft, **options) as engine,
     ):
-        request = Request(messages, sampling, prompt=prompt)
+        request = Request(messages, sampling, prompt=prompt, timeout_s=timeout_s)
         answer = _print_json if args.json else _print_stream
         return answer(args, engine, request, prepare_s)
+
+
+def _timeout_s(args: argparse.Namespace) -> float | None:
+    seconds: float | None = args.timeout
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise UsageError(f"--timeout is a number of seconds above 0, not {seconds:g}")
+    return seconds
 
 
 def _messages(args: argparse.Namespace) -> list[Message]:
@@ -139,6 +156,8 @@ def _print_stream(args: argparse.Namespace, engine: Engine, request: Request, pr
     if not args.quiet:
         if completion.finish_reason == "length":
             print(f"(cut at {usage.completion_tokens} tokens: see --max-tokens)", file=sys.stderr)
+        if completion.finish_reason == "timeout":
+            print(f"(cut after {args.timeout:g} s: see --timeout)", file=sys.stderr)
         print(figures(usage, engine.memory().peak_bytes, prepare_s + usage.time_to_first_token_s), file=sys.stderr)
     return code
 
@@ -187,10 +206,14 @@ def _as_json(model: str, completion: Completion, peak_bytes: int, prepare_s: flo
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
         "image_tokens": usage.image_tokens,
         "completion_tokens": usage.completion_tokens,
         "prompt_tokens_per_s": round(usage.prompt_tokens_per_s, 2),
         "completion_tokens_per_s": round(usage.completion_tokens_per_s, 2),
+        "prepare_s": round(prepare_s + usage.prepare_s, 4),
+        "prompt_s": round(usage.prompt_s, 4),
+        "completion_s": round(usage.completion_s, 4),
         "time_to_first_token_s": round(prepare_s + usage.time_to_first_token_s, 4),
         "total_s": round(prepare_s + usage.total_s, 4),
         "peak_memory_bytes": peak_bytes,

@@ -52,7 +52,7 @@ class Admission:
     """The budget, and who has reserved what of it. Of the engine thread."""
 
     def __init__(self, budget: int, base: int, sizes: Sizes) -> None:
-        """`base` bytes are taken for good: the weights, and caches up to their own limits. Raises ModelError."""
+        """`base` bytes are taken for good: the weights, and what else was there before. Raises ModelError."""
         if base >= budget:
             raise ModelError(
                 f"the model takes {_size(base)}, but the memory budget is {_size(budget)}: quantise the model "
@@ -62,6 +62,7 @@ class Admission:
         self.base = base
         self._sizes = sizes
         self._rows: dict[int, Need] = {}
+        self._is_shared = False  # whether those rows have been more than one
         self.reserved = 0  # bytes beside `base`
 
     def need(self, prompt: Prompt, max_tokens: int, rerun: int = 0) -> Need:
@@ -83,12 +84,15 @@ class Admission:
         # The last token of an answer is never fed.
         return Need(len(prompt.token_ids) + max_tokens - 1, held, work)
 
-    def bytes_of(self, needs: Collection[Need]) -> int:
-        """The most that rows take together; units of work come one at a time."""
+    def bytes_of(self, needs: Collection[Need], is_shared: bool = False) -> int:
+        """The most that rows take together; units of work come one at a time.
+
+        A row that is left of several (`is_shared`) keeps their buffer, with a slot too many.
+        """
         if not needs:
             return 0
         lengths = [need.length for need in needs]
-        if len(lengths) == 1:
+        if len(lengths) == 1 and not is_shared:
             positions = capacity_for(lengths[0])
         else:
             # A row pays for two slots as long as its class allows: a group has up to twice as many slots as rows, and
@@ -98,6 +102,11 @@ class Admission:
         # A buffer that grows is copied, one layer after the other.
         copied = kv // self._sizes.num_layers
         return kv + copied + sum(need.held for need in needs) + max(need.work for need in needs)
+
+    @property
+    def spare(self) -> int:
+        """Bytes that nobody has reserved: what is kept between requests must not exceed them."""
+        return self.budget - self.base - self.reserved
 
     def check(self, need: Need) -> None:
         """Raises MemoryBudgetError for a row that could not even run alone."""
@@ -111,17 +120,20 @@ class Admission:
 
     def reserve(self, owner: int, need: Need) -> bool:
         """Whether a row, new or grown, fits beside the others; its bytes are then its own."""
-        total = self.bytes_of([*(other for key, other in self._rows.items() if key != owner), need])
+        others = [other for key, other in self._rows.items() if key != owner]
+        is_shared = self._is_shared or bool(others)
+        total = self.bytes_of([*others, need], is_shared)
         if self.base + total > self.budget:
             return False
         self._rows[owner] = need
-        self.reserved = total
+        self.reserved, self._is_shared = total, is_shared
         return True
 
     def release(self, owner: int) -> None:
         """A row has ended."""
         if self._rows.pop(owner, None) is not None:
-            self.reserved = self.bytes_of(self._rows.values())
+            self._is_shared = self._is_shared and bool(self._rows)
+            self.reserved = self.bytes_of(self._rows.values(), self._is_shared)
 
 
 def check(prompt: Prompt, image_token_id: int, vocab_size: int, max_context: int) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxvlm.engine.kv_cache import KVBlock
+from mlxvlm.errors import UsageError
 
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}  # safetensors' names
 _KINDS = {2: ("",), 6: (".packed", ".scales", ".biases")}  # what keys and values are made of, by the number of parts
@@ -38,8 +39,11 @@ class BlockFiles:
     """A folder of blocks, at most `max_bytes`; the longest unused goes first. Several processes may share it."""
 
     def __init__(self, folder: Path, max_bytes: int, kv_bits: int | None = None) -> None:
-        """`kv_bits`: of the blocks' packed keys and values; None where they are as they are."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """`kv_bits`: of the blocks' packed keys and values; None where they are as they are. Raises UsageError."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the prefix cache can't be kept in {folder}: {error.strerror}") from error
         self._folder, self._max_bytes, self._kv_bits = folder, max_bytes, kv_bits
         self._lock = threading.Lock()
         self._waiting: set[str] = set()

@@ -29,6 +29,12 @@ def make_caches(config: EngineConfig, specs: Sequence[KVSpec], free_bytes: int) 
     of_features = int(budget * _FEATURE_SHARE)
     prefixes, features = config.prefix_cache_bytes, config.feature_cache_bytes
     return (
-        PrefixCache(budget - of_features if prefixes is None else prefixes, config.prefix_block_tokens, root, files),
+        PrefixCache(
+            budget - of_features if prefixes is None else prefixes,
+            config.prefix_block_tokens,
+            root,
+            files,
+            config.prefix_cache_eager,
+        ),
         FeatureCache(of_features if features is None else features),
     )

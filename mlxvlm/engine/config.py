@@ -47,6 +47,7 @@ class EngineConfig:
     # checkpoint, revision, quantisation and dtype.
     prefix_cache_dir: Path | None = None
     prefix_cache_dir_bytes: int = 10 << 30
+    prefix_cache_eager: bool = False  # after their first use already: for processes that answer once
     model_id: str = ""
 
     def __post_init__(self) -> None:
@@ -60,6 +61,10 @@ class EngineConfig:
 class EngineOptions(TypedDict, total=False):
     """The fields of EngineConfig that doors pass on as they are."""
 
+    max_rows: int
+    prefix_cache_dir: Path | None
+    prefix_cache_dir_bytes: int
+    prefix_cache_eager: bool
     kv_bits: int | None
     kv_group_size: int
     context_shift: bool

@@ -207,7 +207,8 @@ class Engine:
             )
             self._decoding = Decoding(self._runner, self._constraints, guesses, ends, self._counts)
             sizes = guesses.added_to(self._runner.sizes)
-            self._admission = Admission(budget, used + sum(cache.max_bytes for cache in caches), sizes)
+            self._admission = rows = Admission(budget, used, sizes)
+            self._runner.spare = lambda: rows.spare
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except Exception as error:  # noqa: BLE001 - the top of the engine thread
             model = None  # whoever keeps the error keeps this frame
@@ -244,6 +245,7 @@ class Engine:
         self._expire()
         self._scheduler.grow()
         self._scheduler.admit()
+        self._runner.make_way()
         decoding = self._scheduler.decoding
         self._decoding.advance(decoding)
         unit = self._scheduler.next_unit()
@@ -326,8 +328,8 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         """Frees all that an ended sequence holds."""
-        self._scheduler.remove(sequence)
         self._decoding.forget(sequence)
+        self._scheduler.remove(sequence)  # last: what the caches take until then is beside what is reserved
         if sequence.preparing is not None:
             sequence.preparing.cancel()
         with self._lock:

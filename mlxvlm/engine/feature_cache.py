@@ -6,6 +6,7 @@ text before it differs.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import mlx.core as mx
@@ -33,15 +34,16 @@ class FeatureCache:
             self._features.move_to_end(digest)
         return features
 
-    def put(self, digest: bytes, features: mx.array) -> None:
-        """Keeps evaluated features that are no view of something larger."""
-        if features.nbytes > self.max_bytes or digest in self._features:
+    def put(self, digest: bytes, features: mx.array, room: float = math.inf) -> None:
+        """Keeps evaluated features that are no view of something larger, within `room` bytes in all."""
+        left = min(self.max_bytes, room) - int(features.nbytes)
+        if left < 0 or digest in self._features:
             return
-        self.shrink(self.max_bytes - int(features.nbytes))
+        self.shrink(left)
         self._features[digest] = features
         self.nbytes += int(features.nbytes)
 
-    def shrink(self, max_bytes: int) -> None:
+    def shrink(self, max_bytes: float) -> None:
         """Drops pictures until at most `max_bytes` are held."""
         while self.nbytes > max_bytes:
             _, features = self._features.popitem(last=False)

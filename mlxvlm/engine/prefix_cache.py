@@ -7,6 +7,7 @@ keys mean equal ids and pictures from position 0 on. Engine thread only; one cac
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -42,14 +43,22 @@ class PrefixCache:
     """
 
     def __init__(
-        self, max_bytes: int, block_tokens: int = BLOCK_TOKENS, root: bytes = _ROOT, files: BlockFiles | None = None
+        self,
+        max_bytes: int,
+        block_tokens: int = BLOCK_TOKENS,
+        root: bytes = _ROOT,
+        files: BlockFiles | None = None,
+        is_eager: bool = False,
     ) -> None:
-        """`files` outlive the process, so that `root` must then tell all models apart that write to them."""
+        """`files` outlive the process, so that `root` must then tell all models apart that write to them.
+
+        They are written when a second prompt uses a block, or, if `is_eager`, at once.
+        """
         self.block_tokens = block_tokens
         self.max_bytes = max_bytes
         self.nbytes = 0
         self.hits = self.misses = 0  # prompts of which something was held, or nothing
-        self._root, self._files = root, files
+        self._root, self._files, self._is_eager = root, files, is_eager
         # Least recently used first. A parent always comes after its children, so the first of all is a leaf.
         self._blocks: OrderedDict[bytes, KVBlock] = OrderedDict()
 
@@ -78,7 +87,7 @@ class PrefixCache:
             self._files.keep(held, blocks)  # what a second prompt begins with is worth a file
         return blocks
 
-    def fetch(self, keys: Sequence[bytes]) -> bool:
+    def fetch(self, keys: Sequence[bytes], room: float = math.inf) -> bool:
         """Brings the next block of a chain into memory; False if no file has it or there is no room."""
         held = self.count(keys)
         if self._files is None or held == len(keys) or keys[held] not in self._files:
@@ -86,7 +95,7 @@ class PrefixCache:
         block = self._files.read(keys[held])
         if block is None:
             return False
-        self.store(keys[: held + 1], lambda start, end: block)
+        self.store(keys[: held + 1], lambda start, end: block, room)
         return self.count(keys) > held
 
     def close(self) -> None:
@@ -94,8 +103,11 @@ class PrefixCache:
         if self._files is not None:
             self._files.close()
 
-    def store(self, keys: Sequence[bytes], copy: Callable[[int, int], KVBlock]) -> None:
-        """Adds what is missing of a chain, as far as it fits; `copy(start, end)` gives a block of positions."""
+    def store(self, keys: Sequence[bytes], copy: Callable[[int, int], KVBlock], room: float = math.inf) -> None:
+        """Adds what is missing of a chain, as far as it fits into `room` bytes in all.
+
+        `copy(start, end)` gives a block of positions.
+        """
         size = self.block_tokens
         held = self.count(keys)
         self._touch(keys[:held])
@@ -103,7 +115,7 @@ class PrefixCache:
         try:
             while held < len(keys):
                 block = copy(held * size, (held + 1) * size)
-                if not self._make_room(block.nbytes, own):
+                if not self._make_room(min(self.max_bytes, room) - block.nbytes, own):
                     break
                 mx.eval(block.parts)
                 self._blocks[keys[held]] = block
@@ -111,8 +123,10 @@ class PrefixCache:
                 held += 1
         finally:
             self._touch(keys[:held])
+        if self._is_eager and self._files is not None:
+            self._files.keep(keys[:held], [self._blocks[key] for key in keys[:held]])
 
-    def shrink(self, max_bytes: int) -> None:
+    def shrink(self, max_bytes: float) -> None:
         """Drops blocks until at most `max_bytes` are held."""
         while self.nbytes > max_bytes:
             self._drop_oldest()
@@ -124,9 +138,11 @@ class PrefixCache:
         for key in reversed(keys):
             self._blocks.move_to_end(key)
 
-    def _make_room(self, nbytes: int, own: set[bytes]) -> bool:
-        """Whether so many bytes more fit, after dropping what is not `own`."""
-        while self.nbytes + nbytes > self.max_bytes:
+    def _make_room(self, max_bytes: float, own: set[bytes]) -> bool:
+        """Whether at most `max_bytes` are held, after dropping what is not `own`."""
+        if max_bytes < 0:
+            return False
+        while self.nbytes > max_bytes:
             if not self._blocks or next(iter(self._blocks)) in own:
                 return False
             self._drop_oldest()

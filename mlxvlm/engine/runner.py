@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from copy import copy
 from dataclasses import dataclass, replace
@@ -56,6 +57,13 @@ class ModelRunner:
         self.prefixes = prefixes or PrefixCache(0)
         self.features = features or FeatureCache(0)
         self.encoded_images = 0
+        self.spare: Callable[[], float] = lambda: math.inf  # bytes that both caches may hold together
+
+    def make_way(self) -> None:
+        """What is kept gives way to what is reserved: blocks first, since features serve after any text."""
+        spare = self.spare()
+        self.prefixes.shrink(max(spare - self.features.nbytes, 0))
+        self.features.shrink(spare)
 
     def recall(self, sequence: Sequence) -> None:
         """A sequence's first work: what is held of its prompt and its pictures need not be computed.
@@ -64,7 +72,7 @@ class ModelRunner:
         """
         prompt = sequence.prompt
         self.prefixes.extend(sequence.block_keys, prompt.token_ids, prompt.images)
-        if self.prefixes.fetch(sequence.block_keys):
+        if self.prefixes.fetch(sequence.block_keys, self._room_for_blocks()):
             return
         sequence.kv = KVGroup.single(self.kv_specs, sequence.id)
         self._skip_held(sequence)
@@ -91,7 +99,7 @@ class ModelRunner:
             mx.eval(encoded)
             self.encoded_images += len(batch)
             for digest, features in zip(batch, encoded, strict=True):
-                self.features.put(digest, features)
+                self.features.put(digest, features, self.spare() - self.prefixes.nbytes)
                 for index in sequence.needed:
                     if sequence.prompt.images[index].digest == digest:
                         sequence.features[index] = features
@@ -145,7 +153,10 @@ class ModelRunner:
         self.prefixes.extend(sequence.block_keys, ids, sequence.prompt.images)
         length = min(len(ids), group.lengths[group.owners.index(sequence.id)])
         keys = sequence.block_keys[: length // self.prefixes.block_tokens]
-        self.prefixes.store(keys, partial(group.copy, sequence.id))
+        self.prefixes.store(keys, partial(group.copy, sequence.id), self._room_for_blocks())
+
+    def _room_for_blocks(self) -> float:
+        return self.spare() - self.features.nbytes
 
     def decode(self, sequences: Seq[Sequence], previous: Step | None) -> Step:
         """Starts one step of all rows in the batch; the previous one need not be read yet.

@@ -22,8 +22,8 @@ class EngineStats:
     running: int = 0  # requests with a row: vision, prefill or decode
     waiting: int = 0  # requests that are prepared or wait for a row
     budget_bytes: int = 0
-    model_bytes: int = 0  # of the budget: what was in use when the model was loaded, and the caches' limits
-    reserved_bytes: int = 0  # of the budget: the worst case of all rows
+    model_bytes: int = 0  # of the budget: what was in use when the model was loaded
+    reserved_bytes: int = 0  # of the budget: the worst case of all rows; what the caches hold gives way to it
     steps: int = 0  # decode steps
     generated_tokens: int = 0
     drafted_tokens: int = 0

@@ -102,12 +102,13 @@ def sampled_model(tmp_path: Path) -> str:
     """A checkpoint that wants to be sampled."""
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     wishes = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.1}
+    wishes |= {"min_p": 0.125, "typical_p": 0.875}
     (model / "generation_config.json").write_text(json.dumps(wishes))
     return str(model)
 
 
 def test_a_checkpoints_own_sampling(sampled_model: str, asked: list[SamplingParams]) -> None:
-    wanted = SamplingParams(temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.1)
+    wanted = SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.125, typical_p=0.875, repetition_penalty=1.1)
     with mlxvlm.load(sampled_model) as engine:
         assert engine.config.sampling == wanted
     assert run(model=sampled_model) == 0
@@ -125,6 +126,12 @@ def test_a_checkpoints_own_sampling(sampled_model: str, asked: list[SamplingPara
         ("top_p", 0.5),
         ("top_k", 0),
         ("min_p", 0.25),
+        ("typical_p", 0.5),
+        ("xtc_probability", 0.5),
+        ("xtc_threshold", 0.25),
+        ("dry_multiplier", 0.75),
+        ("dry_base", 1.5),
+        ("dry_allowed_length", 3),
         ("repetition_penalty", 1.5),
         ("frequency_penalty", 0.5),
         ("presence_penalty", 0.75),

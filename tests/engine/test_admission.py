@@ -78,6 +78,19 @@ def test_reserved_bytes_come_back() -> None:
         rows.check(Need(2000, 0, 0))
 
 
+def test_what_is_left_of_two_pays_for_their_buffer_until_it_ends() -> None:
+    shared, need = Admission(10**9, 100, PLAIN), Need(100, 0, 0)
+    assert shared.reserve(1, need)
+    alone = shared.reserved
+    assert shared.reserve(2, need)
+    shared.release(2)
+    assert shared.reserved == shared.bytes_of([need], is_shared=True) > alone
+    shared.release(1)
+    assert shared.reserve(1, need)
+    assert shared.reserved == alone
+    shared.release(1)
+
+
 EVENTS = st.lists(st.tuples(st.sampled_from("jjdddddr"), st.integers(1, 40), st.integers(1, 40)), max_size=60)
 
 
@@ -95,11 +108,9 @@ def test_no_batch_outgrows_what_its_rows_pay_for(spec: KVSpec, events: list[tupl
         patch.setattr(kv_cache, "_SHORT", 8)
         rows, batch = Admission(10**9, 0, sizes), KVBatch()
         left: dict[int, int] = {}
-        high = 0  # a row alone may keep the room of a group that was admitted with it
         for number, (event, length, more) in enumerate(events):
             if event == "j":
                 rows.reserve(number, Need(length + more, 0, 0))
-                high = rows.reserved if len(left) == 0 else max(high, rows.reserved)
                 group = KVGroup.single([spec], number)
                 extend([group], length)
                 left[number] = more
@@ -114,7 +125,7 @@ def test_no_batch_outgrows_what_its_rows_pay_for(spec: KVSpec, events: list[tupl
                     if not left[owner]:
                         leave(batch, rows, left, owner)
             # Half of what is reserved is for copies, as there is one layer.
-            assert 2 * batch.nbytes <= (rows.reserved if len(left) > 1 else high)
+            assert 2 * batch.nbytes <= rows.reserved
 
 
 def test_a_group_has_at_most_two_slots_a_row() -> None:

@@ -239,10 +239,12 @@ EVENTS = st.builds(
     max_rows=st.integers(1, 5),
     chunk=st.integers(1, 20),
     budget=st.integers(40, 400),
+    kept=st.sampled_from([0, 2000, 1 << 20]),
 )
-def test_any_schedule_with_any_faults(events: list[Event], max_rows: int, chunk: int, budget: int) -> None:
+def test_any_schedule_with_any_faults(events: list[Event], max_rows: int, chunk: int, budget: int, kept: int) -> None:
     floor = mx.get_active_memory()
     limits = {"max_rows": max_rows, "prefill_chunk": chunk, "prefill_chunk_while_decoding": chunk}
+    limits |= {"prefix_cache_bytes": kept, "feature_cache_bytes": kept, "prefix_block_tokens": 3}
     with fake_engine(Fragile(), max_memory_bytes=floor + budget * 1000, **limits) as engine:
         streams = [engine.submit(event.request()) for event in events]
         for event, stream in zip(events, streams, strict=True):

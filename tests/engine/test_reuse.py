@@ -299,6 +299,4 @@ def test_an_engine_has_caches_unless_told() -> None:
             assert (runner.prefixes.max_bytes > 0, runner.features.max_bytes > 0) == expected
             limits = runner.prefixes.max_bytes + runner.features.max_bytes
             assert limits <= device.cache_budget(1 << 40)
-            # They are never in the way of a row: the budget is what they leave.
-            assert engine.stats().model_bytes >= limits
     assert EngineConfig(8, frozenset()).prefix_block_tokens == 64
