@@ -7,7 +7,6 @@ leaves no other way to go on, they are given out as they grow. White space besid
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -235,7 +234,7 @@ class ToolParser:
         while True:
             yield from reader.skip_space()
             key = yield from json_string(reader)
-            if key not in _KEYS or key in members or (key in _ARGUMENTS and members.keys() & _ARGUMENTS):
+            if not self._may_follow(key, members):
                 raise MalformedError
             yield from reader.skip_space()
             yield from reader.expect(":")
@@ -247,9 +246,12 @@ class ToolParser:
                 break
             reader.at += 1
         yield from reader.expect("}")
-        if self._constrained:
-            return []
-        return [_call(members)]
+        return [] if self._constrained else [_call(members)]
+
+    def _may_follow(self, key: str, members: Mapping[str, str]) -> bool:
+        if self._constrained:  # a grammar leaves one order
+            return not members if key == "name" else key in _ARGUMENTS and [*members] == ["name"]
+        return key in _KEYS and key not in members and not (key in _ARGUMENTS and members.keys() & _ARGUMENTS)
 
     def _member(self, key: str, name: str) -> Reading[str]:
         """The text of a call's member; arguments under a grammar are given out on the way."""
@@ -257,7 +259,7 @@ class ToolParser:
         start = reader.at
         if key == "name":
             return json.dumps((yield from json_string(reader)))
-        if self._constrained and key in _ARGUMENTS:
+        if self._constrained and key in _ARGUMENTS and (yield from reader.peek()):
             self._begin(json.loads(name))
             self._sent = start
         yield from json_value(reader)
@@ -296,6 +298,9 @@ def _escaped(found: re.Match[str]) -> str:
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     """Text that stands side by side as one."""
     joined: list[Piece] = []
-    for is_text, group in itertools.groupby(pieces, key=lambda piece: isinstance(piece, str)):
-        joined += ["".join(map(str, group))] if is_text else group
-    return [piece for piece in joined if piece]
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        elif piece:
+            joined.append(piece)
+    return joined
