@@ -27,7 +27,8 @@ LLAMA4 = (
 # As Hermes and Qwen 2.5: the results are a user's turn.
 HERMES = (
     _TOOLS + "{% for m in messages %}{% if m.tool_calls %}<assistant>{{ m.content }}{% for c in m.tool_calls %}"
-    '{{ "\\n" }}<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
+    '{{ "\\n" }}<tool_call>\n{"name": "{{ c.function.name }}", '
+    '"arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}{% elif m.role == 'tool' %}<user><tool_response>{{ m.content }}</tool_response>"
     "{% else %}" + _PLAIN + "{% endif %}{% endfor %}"
 )
@@ -42,7 +43,7 @@ MISTRAL = (
 # Arguments are joined to other text.
 ARGUMENT_TEXT = (
     _TOOLS + "{% for m in messages %}{% if m.tool_calls %}<assistant>{% for c in m.tool_calls %}"
-    "{{ '<tool_call>{\"name\": \"' + c.function.name + '\", \"arguments\": ' + c.function.arguments + '}</tool_call>' }}"
+    '{{ \'<tool_call>{"name": "\' + c.function.name + \'", "arguments": \' + c.function.arguments }}}</tool_call>'
     "{% endfor %}{% else %}" + _PLAIN + "{% endif %}{% endfor %}"
 )
 PLAIN = "{% for m in messages %}" + _PLAIN + "\n{% endfor %}"

@@ -52,7 +52,9 @@ class TestChoice:
         written = {
             "llama": '{"name": "add", "parameters": {"a": 1}}\n{"name": "say", "parameters": {"to": "Ann"}}',
             "llama4": '{"name": "add", "parameters": {"a": 1}}\n{"name": "say", "parameters": {"to": "Ann"}}',
-            "mistral": '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "say", "arguments": {"to": "Ann"}}]',
+            "mistral": (
+                '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "say", "arguments": {"to": "Ann"}}]'
+            ),
         }
         generic = "\n".join(
             f'<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n</tool_call>' for call in CALLS
@@ -71,10 +73,10 @@ class TestChoice:
         [
             PLAIN.replace("{% for", "{# <tool_call> [TOOL_CALLS] tools #}{% for"),
             HERMES.replace("{% for t in tools %}", "{% for t in [] %}"),  # renders calls, but describes no tools
-            HERMES.replace('{"name": "{{', '<function={{'),  # a spelling that is not known here
+            HERMES.replace('{"name": "{{', "<function={{"),  # a spelling that is not known here
             "{{ raise_exception('never') }}",
         ],
-    )  # fmt: skip
+    )
     def test_what_does_not_know_tools_gets_plain_text(self, source: str) -> None:
         assert not format_of(source).native
 
@@ -198,9 +200,11 @@ WRONG = '{"name": "add", "KEY": {"a": "x"}}'
 SPELT = {
     "llama": (ONE, f"{ONE}\n{ONE}", WRONG),
     "llama4": (ONE, f"{ONE}\n{ONE}", WRONG),
-    "hermes": tuple(f"<tool_call>\n{text}\n</tool_call>" for text in (ONE, f"{ONE}\n</tool_call>\n<tool_call>\n{ONE}", WRONG)),
+    "hermes": tuple(
+        f"<tool_call>\n{text}\n</tool_call>" for text in (ONE, f"{ONE}\n</tool_call>\n<tool_call>\n{ONE}", WRONG)
+    ),
     "mistral": (f"[TOOL_CALLS] [{ONE}]", f"[TOOL_CALLS] [{ONE}, {ONE}]", f"[TOOL_CALLS] [{WRONG}]"),
-}  # fmt: skip
+}
 STRICT = Tool(ADD.name, ADD.description, ADD.parameters, strict=True)
 
 

@@ -59,11 +59,19 @@ F = ("f", "{}")
 CASES: dict[tuple[str, str], list[str | Found]] = {
     ("llama", '{"name": "f", "parameters": {"a": [1, "}"]}}'): [("f", '{"a": [1, "}"]}')],
     ("llama", ' \n{"name": "f"}\n'): [F],
-    ("llama", '{"type": "function", "name": "f", "parameters": null}'): ['{"type": "function", "name": "f", "parameters": null}'],
+    ("llama", '{"type": "function", "name": "f", "parameters": null}'): [
+        '{"type": "function", "name": "f", "parameters": null}'
+    ],
     ("llama", '{"type": "function", "name": "f", "parameters": {}}'): [F],
     ("llama", '{"type": "object", "name": "f"}'): ['{"type": "object", "name": "f"}'],
     ("llama", '{"parameters": {"a":1}, "name": "f"}'): [("f", '{"a":1}')],
-    ("llama", '{"name": "f"}; {"name": "get_sum"}\n{"name": "f"},{"name": "f"}{"name": "f"}'): [F, ("get_sum", "{}"), F, F, F],
+    ("llama", '{"name": "f"}; {"name": "get_sum"}\n{"name": "f"},{"name": "f"}{"name": "f"}'): [
+        F,
+        ("get_sum", "{}"),
+        F,
+        F,
+        F,
+    ],
     ("llama", '{"name": "f"}; {"x": 1}'): [F, '; {"x": 1}'],
     ("llama", '{"name": "f"}; bye'): [F, "; bye"],
     ("llama", '{"name": "Bob", "parameters": {}}'): ['{"name": "Bob", "parameters": {}}'],
@@ -103,13 +111,15 @@ CASES: dict[tuple[str, str], list[str | Found]] = {
     ("hermes", '<tool_call>{"name": "f"<tool_call>{"name": "f"}'): ['<tool_call>{"name": "f"', F],
     ("hermes", '{"name": "f"}'): ['{"name": "f"}'],
     ("hermes", "a < b, <tool_calls>, </tool_call>"): ["a < b, <tool_calls>, </tool_call>"],
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>'): [("f", '{"a": "</tool_call>"}')],
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>'): [
+        ("f", '{"a": "</tool_call>"}')
+    ],
     ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "f"}]'): [F, F],
     ("mistral", 'x [TOOL_CALLS]{"name": "f"}'): ["x", F],
     ("mistral", "[TOOL_CALLS] [1]"): ["[TOOL_CALLS] [1]"],
     ("mistral", "[TOOL_[TOOL_CALLS"): ["[TOOL_[TOOL_CALLS"],
     ("plain", '<tool_call>{"name": "f"}</tool_call>'): [F],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("written", CASES, ids="-".join)
@@ -154,8 +164,12 @@ def test_under_a_grammar_arguments_grow() -> None:
         pieces += parser.feed(Delta(piece))
     pieces += parser.finish()
     assert [(piece.name, piece.arguments) for piece in pieces if isinstance(piece, CallDelta)] == [
-        ("f", ""), (None, '{"a'), (None, '": [1'), (None, "2"), (None, "]}")
-    ]  # fmt: skip
+        ("f", ""),
+        (None, '{"a'),
+        (None, '": [1'),
+        (None, "2"),
+        (None, "]}"),
+    ]
     assert whole(pieces) == [("f", '{"a": [12]}')]
 
 
@@ -174,11 +188,45 @@ def test_under_a_grammar_a_cut_answer_gives_what_there_is(cut: int) -> None:
 
 GARBAGE = st.lists(
     st.sampled_from(
-        ["<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "<|python_start|>", "<|python_end|>", "<|python_tag|>",
-         '{"name": "f"', '"arguments": ', '"parameters": {', "f(", "[", "]", "(", ")", "{", "}", '"', "'", "\\", ":", ",",
-         ";", " ", "\n", "a=", "1", "-", "é", "true", "Tr", '{"name": "f"}', "[f()]", "\\u12", "\ud800"]
+        [
+            "<tool_call>",
+            "</tool_call>",
+            "<tool",
+            "[TOOL_CALLS]",
+            "<|python_start|>",
+            "<|python_end|>",
+            "<|python_tag|>",
+            '{"name": "f"',
+            '"arguments": ',
+            '"parameters": {',
+            "f(",
+            "[",
+            "]",
+            "(",
+            ")",
+            "{",
+            "}",
+            '"',
+            "'",
+            "\\",
+            ":",
+            ",",
+            ";",
+            " ",
+            "\n",
+            "a=",
+            "1",
+            "-",
+            "é",
+            "true",
+            "Tr",
+            '{"name": "f"}',
+            "[f()]",
+            "\\u12",
+            "\ud800",
+        ]
     )
-)  # fmt: skip
+)
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
