@@ -10,17 +10,17 @@ from __future__ import annotations
 import html
 import re
 
-MAX_PAGE_CHARS = 2_000_000
+MAX_PAGE_CHARS = 1_000_000
 _MAX_LINK_SHARE = 0.5  # of a block's text: above, it is a menu
 _MIN_BLOCK_CHARS = 25  # below, a button or a label, unless it is a heading
 
 _DROPPED = ("script", "style", "noscript", "template", "svg", "iframe", "head", "nav", "aside", "footer", "form")
 _HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
-_BLOCKS = frozenset(
-    (*_HEADINGS, "address", "article", "blockquote", "body", "br", "caption", "dd", "details", "div", "dl", "dt", "hr")
-    + ("figcaption", "figure", "header", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "td")
-    + ("th", "thead", "tr", "ul")
-)
+_BLOCKS = _HEADINGS | {
+    *("address", "article", "blockquote", "body", "br", "caption", "dd", "details", "div", "dl", "dt", "figcaption"),
+    *("figure", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "th"),
+    *("thead", "tr", "ul"),
+}
 # str.lower may change a text's length, and with it all places in it.
 _LOWER = {ord(char): char.lower() for char in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
 _TAG = re.compile(r"/?[a-zA-Z][a-zA-Z0-9]*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import threading
@@ -272,7 +273,7 @@ def test_ddgs(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ddgs.exceptions.DDGSException("no connection")
         return [{"title": query, "href": "https://x.example", "body": str(options["max_results"])}]
 
-    monkeypatch.setattr(ddgs.ddgs.DDGS, "text", text)
+    monkeypatch.setattr(importlib.import_module("ddgs.ddgs").DDGS, "text", text)
     assert ddgs_search("q") == [SearchResult("q", "https://x.example", "10")]
     assert ddgs_search("nothing") == []
     with pytest.raises(ddgs.exceptions.DDGSException):
