@@ -50,7 +50,7 @@ def _optional(marker: str, rest: str, tools: Sequence[Tool], style: CallStyle, s
         return [
             f"start: TEXT | opening {rest}",
             f"opening[lazy]: /(.|\\n)*{word}/",
-            f"TEXT: {_ANY} & ~/(.|\\n)*{word}(.|\\n)*/",
+            f"TEXT: {_ANY}",  # what holds the marker is an opening: lazy terms go first
         ]
     # Without markers a call is what begins like one, at the start of a line.
     names = "|".join(_pattern(json.dumps(tool.name)) for tool in tools)

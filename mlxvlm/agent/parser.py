@@ -161,7 +161,7 @@ class ToolParser:
         try:
             calls = yield from self._calls(marked=bool(opener))
         except MalformedError:
-            if self._count > begun:  # under a grammar: the answer was cut off
+            if self._count > begun:  # under a grammar, so the answer was cut off: what is open is the arguments'
                 reader.at = len(reader.text)
                 self._grow()
                 self._growing = ""
@@ -245,6 +245,8 @@ class ToolParser:
             if (yield from reader.skip_space()) != ",":
                 break
             reader.at += 1
+        if self._constrained and len(members) < 2:  # nothing of it was given out
+            raise MalformedError
         yield from reader.expect("}")
         return [] if self._constrained else [_call(members)]
 

@@ -72,7 +72,19 @@ def in_plain_text(
             turns.append(Message("assistant", (*message.parts, TextPart(f"{gap}{spelt}"))))
         else:
             turns.append(message)
-    return _with_description(turns, tools, takes_system=takes_system) if tools else turns
+    turns = _with_description(turns, tools, takes_system=takes_system) if tools else turns
+    return [replace(turn, parts=_merged(turn.parts)) for turn in turns]
+
+
+def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Text side by side as one part: some templates write spaces between parts, or read the first only."""
+    merged: list[Part] = []
+    for part in parts:
+        if isinstance(part, TextPart) and merged and isinstance(merged[-1], TextPart):
+            merged[-1] = TextPart(merged[-1].text + part.text)
+        else:
+            merged.append(part)
+    return tuple(merged)
 
 
 def _with_description(turns: list[Message], tools: Sequence[Tool], *, takes_system: bool) -> list[Message]:

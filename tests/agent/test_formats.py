@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from mlxvlm.errors import InputError, UsageError
 from mlxvlm.messages import ImagePart, Message, TextPart, ToolCall, assistant, system, user
 from mlxvlm.processors.base import turn_of_text
 from mlxvlm.processors.chat_template import ChatTemplate
+from mlxvlm.processors.tokenizer import Tokenizer
 from tests.agent.templates import (
     ALL,
     ARGUMENT_TEXT,
@@ -31,6 +33,7 @@ from tests.agent.templates import (
     format_of,
 )
 from tests.agent.test_parser import parsed
+from tests.processors.checkpoints import byte_tokenizer
 
 ADD = Tool("add", "Adds.", {"properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False})
 SAY = Tool("say", "", {"properties": {"to": {"enum": ["Ann", "Bob"]}}, "required": ["to"]})
@@ -85,6 +88,10 @@ class TestChoice:
         assert len(format_of(LLAMA, TOKENIZER).visible_token_ids) == 3
         assert not format_of(HERMES, TOKENIZER).visible_token_ids
         assert not format_of(LLAMA).visible_token_ids
+        # Qwen's <tool_call> is an added token, but decoded text has it.
+        backend = byte_tokenizer()
+        backend.add_tokens([tokenizers.AddedToken("<tool_call>", special=False)])
+        assert not format_of(HERMES, Tokenizer(backend, {})).visible_token_ids
 
 
 class TestMessages:
@@ -143,6 +150,10 @@ class TestMessages:
         text = rendered(NO_SYSTEM, [*CHAT[:4], assistant("Done.")], (ADD,))
         assert text.startswith("<user>You can call functions")
         assert "\n\nGo.\n<assistant>" in text
+
+    def test_text_is_one_part(self) -> None:
+        turns = format_of(PLAIN).messages([system("Be brief."), *CHAT], (ADD,), "auto")
+        assert [len(turn.parts) for turn in turns] == [1] * 5
 
     def test_pictures_stay(self) -> None:
         turns = [Message("user", (ImagePart("a"), TextPart("?"))), Message("tool", (ImagePart("b"),))]

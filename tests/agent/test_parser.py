@@ -245,6 +245,7 @@ def squeezed(text: str) -> str:
     return re.sub(r"[ \t\r\n]+", "", text)
 
 
+@example("llama", ['{"name": "f"}'], [], True)
 @given(st.sampled_from(sorted(FORMATS)), GARBAGE, st.lists(st.integers(0, 200)), st.booleans())
 def test_garbage_is_kept_however_it_is_cut(name: str, words: list[str], places: list[int], constrained: bool) -> None:
     text = "".join(words)

@@ -19,6 +19,7 @@ from mlxvlm.agent.loop import Answer, BoundTool, call, run_in_thread, run_tools
 from mlxvlm.agent.ranking import bm25, passages_of, words_of
 from mlxvlm.agent.readable import blocks_of, decoded, title_of
 from mlxvlm.agent.web_search import (
+    MAX_RESULTS,
     PAGE_NAME,
     SEARCH_NAME,
     SearchOptions,
@@ -173,6 +174,13 @@ class TestSearch:
         search.search = lambda query: [RESULTS[1], {"link": "https://new.example", "snippet": "New."}]
         assert shown(tool, query="b").startswith("[2] Dogs")
         assert search.sources[2].url == "https://new.example"
+
+    def test_results_are_bounded(self) -> None:
+        fetched: list[str] = []
+        many = [{"title": "x", "url": f"https://x.example/{index}"} for index in range(99)]
+        search = searching(search=lambda query: many, fetch=lambda url: fetched.append(url) or "")
+        shown(search.tools()[0], query="x")
+        assert len(search.sources) == len(fetched) == MAX_RESULTS
 
     def test_nothing_found(self) -> None:
         assert shown(searching(search=lambda query: []).tools()[0], query="x") == "Nothing was found."
