@@ -28,6 +28,11 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         {"mlx", "numpy", "safetensors", "yaml", "huggingface_hub", "httpx2"},
     ),
     "engine": ({"engine", "models.base", "processors.base", "messages", "errors"}, {"mlx", "numpy", "llguidance"}),
+    "agent": (
+        {"agent", "engine.params", "engine.request", "processors.chat_template", "processors.tokenizer"}
+        | {"processors.base", "messages", "errors"},
+        {"ddgs", "httpx2", "trafilatura", "mcp"},
+    ),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
     "cli": (
         {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.engine.params import MAX_GRAMMAR_CHARS, Grammar
+from mlxvlm.engine.params import JSON_WHITESPACE, MAX_GRAMMAR_CHARS, Grammar
 from mlxvlm.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 COMPILE_TIMEOUT_S = 10.0  # intersections of patterns can take for ever; llguidance bounds everything else
 MASK_THREADS = 4
 _MAX_ERROR_CHARS = 300
-# One space, or a new line and its indentation: without a bound, a weak model's JSON may end in spaces without end.
-_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,32}"
 
 T = TypeVar("T")
 
@@ -160,7 +158,7 @@ def _source(grammar: Grammar) -> str:
         return _checked_json(grammar)
     schema = _checked_json(grammar) if grammar.kind == "json_schema" else '{"type": "object"}'
     try:
-        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
     except ValueError as error:
         raise InputError(f"{_name(grammar)} can't be used: {_one_line(str(error))}") from error
 

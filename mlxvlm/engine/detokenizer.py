@@ -7,22 +7,25 @@ Source: the offsets of text-generation-inference `Model.decode_token`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _INCOMPLETE = "�"  # what decoders give for the bytes of an unfinished character
 
 
 class Detokenizer:
-    """One sequence's stream of text."""
+    """One sequence's stream of text. `visible`: the text of special tokens, which `decode` leaves out, to be shown."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], visible: Mapping[int, str] | None = None) -> None:
         self._decode = decode
+        self._visible = visible or {}
         self._ids: list[int] = []
         self._window = 0  # where the decoded window begins
         self._given = 0  # ids whose text was given out
 
     def feed(self, token_id: int) -> str:
         """The new text, "" while a character is unfinished."""
+        if token_id in self._visible:
+            return self.flush() + self._visible[token_id]
         self._ids.append(token_id)
         text = self._new_text()
         # A token without text (a special one) is no place to begin a window: decoders strip what comes first.

@@ -12,6 +12,8 @@ from mlxvlm.errors import UsageError
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 MAX_STOP_STRINGS = 64
 MAX_GRAMMAR_CHARS = 128 * 1024  # OpenAI's limit for the strings of a schema is 120,000; compiling takes seconds here
+# One space, or a new line and its indentation: without a bound, a weak model's JSON may end in spaces without end.
+JSON_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,32}"
 
 GrammarKind: TypeAlias = Literal["json_schema", "json_object", "regex", "lark", "llguidance"]
 
@@ -50,7 +52,8 @@ class SamplingParams:
     xtc_probability 0 and dry_multiplier 0 are off. frequency_penalty and presence_penalty count generated tokens;
     repetition_penalty (Keskar et al. 2019, arXiv 1909.05858) and DRY (engine/dry.py) also look at the prompt.
     Order: penalties, logit_bias, DRY, grammar, temperature, top_k, top_p, min_p, typical_p, XTC. top_logprobs None:
-    no logprobs; they are those of the model, before any of this.
+    no logprobs; they are those of the model, before any of this. visible_token_ids: special tokens that the text of
+    the answer shows, as those that mark a tool call; it shows no others.
     """
 
     temperature: float = 0.0
@@ -72,6 +75,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: Sequence[str] = ()
     stop_token_ids: Collection[int] = ()
+    visible_token_ids: Collection[int] = ()
     ignore_eos: bool = False
     top_logprobs: int | None = None
     grammar: Grammar | None = None
@@ -90,10 +94,14 @@ class SamplingParams:
         _whole("dry_allowed_length", self.dry_allowed_length, 1)
         _strings("stop", self.stop)
         _strings("dry_sequence_breakers", self.dry_sequence_breakers)
-        if not isinstance(self.stop_token_ids, Collection) or not isinstance(self.logit_bias, Mapping):
-            raise UsageError("stop_token_ids takes a list of token ids, logit_bias a mapping from token ids to numbers")
-        for token in self.stop_token_ids:
-            _whole("a token id of stop_token_ids", token, 0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError("logit_bias takes a mapping from token ids to numbers")
+        for name in ("stop_token_ids", "visible_token_ids"):
+            tokens = getattr(self, name)
+            if not isinstance(tokens, Collection):
+                raise UsageError(f"{name} takes a list of token ids")
+            for token in tokens:
+                _whole(f"a token id of {name}", token, 0)
         for token, bias in self.logit_bias.items():
             _whole("a token id of logit_bias", token, 0, vocab_size - 1)
             _in_range("a value of logit_bias", bias, -100.0, 100.0)

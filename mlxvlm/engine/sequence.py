@@ -75,7 +75,8 @@ class Sequence:
         self.need = Need(0, 0, 0)
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
         self.sampler = RowSampler(sampling, prompt.token_ids, self.token_ids, processor.tokenizer.decode)
-        self._detokenizer = Detokenizer(processor.tokenizer.decode)
+        shown = {token: processor.tokenizer.spelling(token) for token in sampling.visible_token_ids}
+        self._detokenizer = Detokenizer(processor.tokenizer.decode, shown)
         self._stops = StopMatcher(sampling.stop)
         self.prepared = time.perf_counter()
         self._start(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxvlm.errors import InputError
-from mlxvlm.messages import ImageOptions, ImagePart, Message, Part, Role, TextPart
+from mlxvlm.messages import ImageOptions, ImagePart, Message, Part, Role, TextPart, ToolCall
 from mlxvlm.processors.tokenizer import Tokenizer
 
 ROLES = get_args(Role)
@@ -133,13 +134,40 @@ def turn_of_parts(message: Message, parts: Sequence[Part]) -> dict[str, Any]:
     content = [
         {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in parts
     ]
-    return {"role": message.role, "content": content or [{"type": "text", "text": ""}]}
+    return {"role": message.role, "content": content or [{"type": "text", "text": ""}], **_calls_of(message)}
 
 
 def turn_of_text(message: Message, parts: Sequence[Part], marker: str) -> dict[str, Any]:
     """A turn whose content is one string, with `marker` in a picture's place."""
     content = "".join(marker if isinstance(part, ImagePart) else part.text for part in parts)
-    return {"role": message.role, "content": content}
+    return {"role": message.role, "content": content, **_calls_of(message)}
+
+
+def _calls_of(message: Message) -> dict[str, Any]:
+    """What a turn has beside its content, as transformers' callers write it: arguments are an object, not text.
+
+    Only where there is something: templates ask whether a turn has the key.
+    """
+    extra: dict[str, Any] = {}
+    if message.tool_calls:
+        extra["tool_calls"] = [
+            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": arguments_of(call)}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        extra["tool_call_id"] = message.tool_call_id
+    return extra
+
+
+def arguments_of(call: ToolCall) -> dict[str, Any]:
+    """Raises InputError unless the arguments are a JSON object; nothing at all stands for an empty one."""
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except (ValueError, TypeError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InputError(f"the arguments of the call of {call.name!r} are no JSON object")
+    return arguments
 
 
 def check_markers(rendered: str, marker: str, num_images: int) -> None:

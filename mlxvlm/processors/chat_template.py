@@ -26,6 +26,13 @@ _RENDER_ERRORS = (TypeError, LookupError, AttributeError, ValueError, Arithmetic
 _PROBE = "mlxvlm-probe-text"  # what no template says of itself
 
 
+_PROBE_CALL = {"type": "function", "id": "callprobe", "function": {"name": _PROBE, "arguments": {_PROBE: True}}}
+_CALLING = (
+    {"role": "user", "content": _PROBE},
+    {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]},
+)
+
+
 class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's text for training; here it only passes its content through."""
 
@@ -90,15 +97,35 @@ class ChatTemplate:
         # Templates that join content to other text with "+" fail on a list.
         return with_parts is None or repr(parts) in with_parts
 
+    @cached_property
+    def takes_argument_text(self) -> bool:
+        """Whether a call's arguments must be JSON text: the template prints them as they are."""
+        with_object = self._tried(_CALLING)
+        if with_object is None:  # such templates join them to other text with "+"
+            return self._tried([_with_argument_text(turn) for turn in _CALLING]) is not None
+        return repr({_PROBE: True}) in with_object
+
     def _probe(self, content: Any) -> str | None:
-        """One turn rendered, None where the template refuses it."""
+        """One turn rendered."""
+        return self._tried([{"role": "user", "content": content}])
+
+    def _tried(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """None where the template refuses these messages."""
         try:
-            return self.render([{"role": "user", "content": content}])
+            return self._render(messages, None)
         except TemplateError:
             return None
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
-        """The prompt text, ending where the assistant's turn begins. Raises TemplateError with the template's words."""
+        """The prompt text, ending where the assistant's turn begins. Raises TemplateError with the template's words.
+
+        The arguments of calls are given as objects; a template that wants text gets JSON text.
+        """
+        if any(message.get("tool_calls") for message in messages) and self.takes_argument_text:
+            messages = [_with_argument_text(message) for message in messages]
+        return self._render(messages, variables)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> str:
         context = {"add_generation_prompt": True, **self.special_tokens, **(variables or {})}
         try:
             return self._template.render(messages=messages, **context)
@@ -107,6 +134,14 @@ class ChatTemplate:
         except _RENDER_ERRORS as error:
             kind = type(error).__name__
             raise TemplateError(f"the chat template fails on these messages: {kind}: {_reason(error)}") from error
+
+
+def _with_argument_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _tojson(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _reason(error: Exception) -> str:

@@ -96,6 +96,10 @@ class FamilyProcessor(ABC, Generic[Settings]):
             return turn_of_text(message, parts, self.written_marker)
         return turn_of_parts(message, parts)
 
+    def render(self, turns: Sequence[tuple[Message, Sequence[Part]]], variables: Mapping[str, Any] | None) -> str:
+        """The prompt's text, with a marker for each picture."""
+        return self.template.render([self.turn(message, parts) for message, parts in turns], variables)
+
     def __call__(
         self,
         messages: Sequence[Message],
@@ -106,7 +110,7 @@ class FamilyProcessor(ABC, Generic[Settings]):
         check_messages(messages)
         check_typed(messages, self.marker)
         turns = [(message, self.place(message)) for message in messages]
-        rendered = self.template.render([self.turn(message, parts) for message, parts in turns], template)
+        rendered = self.render(turns, template)
         sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
         check_markers(rendered, self.marker, len(sources))
         images = self._prepare_all(sources, options)

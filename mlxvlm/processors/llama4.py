@@ -6,7 +6,6 @@ row by row, the view of the whole last where there is more than one), layout is 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,12 +137,7 @@ class Llama4Processor(FamilyProcessor[ImageSettings]):
 
         Of a list it reads the first part of a system turn only, and in front of tools it prints the list's Python repr.
         """
-        turn = turn_of_text(message, parts, IMAGE)
-        if message.tool_calls:
-            # The template writes arguments as JSON itself.
-            calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in message.tool_calls]
-            turn["tool_calls"] = [{"function": call} for call in calls]
-        return turn
+        return turn_of_text(message, parts, IMAGE)
 
     def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
         """RGB -> [tiles, 3, side, side], (rows, columns)."""

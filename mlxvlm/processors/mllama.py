@@ -110,6 +110,14 @@ class MllamaProcessor(FamilyProcessor[ImageSettings]):
             return turn_of_text(message, parts, IMAGE)
         return turn_of_parts(message, parts)
 
+    def render(self, turns: Sequence[tuple[Message, Sequence[Part]]], variables: Mapping[str, Any] | None) -> str:
+        """With tools the template prints the first user turn as it is, so it is text even where it has pictures."""
+        rendered = [self.turn(message, parts) for message, parts in turns]
+        first = 1 if turns[0][0].role == "system" else 0
+        if variables and variables.get("tools") and first < len(turns):
+            rendered[first] = turn_of_text(*turns[first], IMAGE)
+        return self.template.render(rendered, variables)
+
     def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
         """RGB -> [max tiles, 3, side, side], (rows, columns)."""
         tile, max_tiles = settings.tile, settings.max_tiles

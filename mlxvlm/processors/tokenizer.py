@@ -90,6 +90,10 @@ class Tokenizer:
         found: int | None = self.backend.token_to_id(token)
         return found
 
+    def spelling(self, token_id: int) -> str:
+        """How the vocabulary writes a token, "" for an id that it does not have."""
+        return self.backend.id_to_token(token_id) or ""
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; with add_special_tokens as the checkpoint's post-processor says (BOS ...)."""
         try:

@@ -101,3 +101,25 @@ def test_spaces_between_words_survive_special_tokens() -> None:
     vocab = TOKENIZERS["sentencepiece"].get_vocab()
     ids = [vocab["<s>"], vocab["▁the"], vocab["<s>"], vocab["▁cat"]]
     assert "".join(streamed(decode_of("sentencepiece"), ids)) == "the cat"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(st.data())
+def test_visible_tokens_stand_between_whole_pieces(name: str, data: st.DataObject) -> None:
+    tokenizer, decode = TOKENIZERS[name], decode_of(name)
+    special = tokenizer.token_to_id("<s>")
+    ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1) | st.just(special), max_size=20))
+    detokenizer = Detokenizer(decode, {special: "<s>"})
+    pieces = [*(detokenizer.feed(token) for token in ids), detokenizer.flush()]
+    assert "".join(pieces).count("<s>") == ids.count(special)
+    assert all(piece.endswith("<s>") for token, piece in zip(ids, pieces, strict=False) if token == special)
+    if special not in ids:
+        assert pieces == streamed(decode, ids)
+
+
+def test_a_visible_token_lets_an_unfinished_character_go() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    detokenizer = Detokenizer(decode_of("byte_level"), {tokenizer.token_to_id("<s>"): "<s>"})
+    half, word = tokenizer.token_to_id("Ã"), tokenizer.token_to_id("Ġcat")
+    fed = [detokenizer.feed(token) for token in (half, tokenizer.token_to_id("<s>"), word)]
+    assert fed == ["", "�<s>", " cat"]

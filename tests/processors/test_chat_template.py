@@ -149,6 +149,26 @@ def test_syntax_errors(source: str) -> None:
     assert len(message.splitlines()) == 1
 
 
+CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"a": "é"}}}
+PRINTS_ARGUMENTS = {
+    "{{ c.function.arguments | tojson }}": '{"a": "é"}',
+    "{{ c.function.arguments }}": '{"a": "é"}',
+    "{{ 'f(' + c.function.arguments + ')' }}": 'f({"a": "é"})',
+    "{{ c['function'] | tojson }}": '{"name": "f", "arguments": {"a": "é"}}',
+    "{% for name, value in c.function.arguments.items() %}{{ name }}={{ value }}{% endfor %}": "a=é",
+    "{{ c.function.name }}": "f",
+}
+
+
+@pytest.mark.parametrize("source", PRINTS_ARGUMENTS)
+@pytest.mark.parametrize("start", ["", "{{ raise_exception('no question') if messages[0].role != 'user' }}"])
+def test_arguments_are_what_the_template_wants(source: str, start: str) -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    loop = "{% for m in messages %}{% for c in m.tool_calls %}" + source + "{% endfor %}{% endfor %}"
+    assert ChatTemplate(start + loop, {}).render(turns) == PRINTS_ARGUMENTS[source]
+    assert CALL["function"]["arguments"] == {"a": "é"}  # type: ignore[index]
+
+
 TURN = "{% for m in messages %}"
 END = "{% endfor %}"
 WANTS_STRINGS = {

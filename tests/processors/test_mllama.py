@@ -146,6 +146,24 @@ def test_a_first_turn_beside_tools_is_a_string_too(files: ProcessorFiles) -> Non
     assert rendered(processor, [user("call it")]) == "<|begin_of_text|>call it"
 
 
+def test_a_picture_in_the_first_turn_beside_tools_keeps_its_place(files: ProcessorFiles) -> None:
+    """Where the published template is given parts, it prints their Python repr without the picture."""
+    source = (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}"
+        "{% endif %}{% if tools %}{{ tools[0] }}{{ messages[0]['content'] | trim }}"
+        "{% else %}{% for part in messages[0].content %}{{ '<|image|>' if part.type == 'image' else part.text }}"
+        "{% endfor %}{% endif %}"
+    )
+    processor = build(replace(files, template_source=source))
+    question = user("What is it?", [picture(9, 9)])
+    assert rendered(processor, [question]) == "<|begin_of_text|><|image|>What is it?"
+    for turns, start in (([question], ""), ([system("Be brief."), question], "Be brief.")):
+        prompt = processor(turns, {"tools": ["T"]})
+        assert len(prompt.images) == 1
+        text = processor.tokenizer.backend.decode(list(prompt.token_ids), skip_special_tokens=False)
+        assert text == f"<|begin_of_text|>{start}T<|image|>What is it?"
+
+
 def test_the_templates_refusal_is_the_users_error(files: ProcessorFiles) -> None:
     source = "{{ raise_exception('Prompting with images is incompatible with system messages.') }}"
     processor = build(replace(files, template_source=source))
