@@ -28,6 +28,14 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         {"mlx", "numpy", "safetensors", "yaml", "huggingface_hub", "httpx2"},
     ),
     "engine": ({"engine", "models.base", "processors.base", "messages", "errors"}, {"mlx", "numpy", "llguidance"}),
+    "api": (
+        {"api", "agent", "engine.params", "engine.request", "messages", "errors"},
+        {"pydantic", "pydantic_core"},
+    ),
+    "server": (
+        {"", "server", "api", "agent", "engine", "runner", "messages", "errors", "processors"},
+        {"starlette", "uvicorn", "pydantic"},
+    ),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
     "cli": (
         {
