@@ -82,6 +82,7 @@ class Sequence:
         self._stops = StopMatcher(sampling.stop)
         self.prepared = time.perf_counter()
         self.phase = Phase.VISION if prompt.images else Phase.PREFILL
+        self.stream.begin(prompt.token_ids)
 
     def start_clock(self) -> None:
         """The engine turns to this sequence for the first time."""
