@@ -1,0 +1,147 @@
+"""POST /v1/chat/completions: the engine's answers as OpenAI's, at once or streamed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from starlette.requests import Request as HTTPRequest
+from starlette.types import Receive, Scope, Send
+
+from mlxvlm.api.assemble import ChatAssembler, ChoiceAssembler
+from mlxvlm.api.base import parse
+from mlxvlm.api.plan import ChatPlan, chat_plan
+from mlxvlm.api.schema import ChatCompletionRequest
+from mlxvlm.engine.request import Request
+from mlxvlm.errors import MlxvlmError
+from mlxvlm.messages import ImagePart, Message
+from mlxvlm.server.answering import Answering, Arrived, Patience
+from mlxvlm.server.connection import unless_gone
+from mlxvlm.server.models import LoadedModel, Models
+from mlxvlm.server.replies import error_body, json_reply, log_failure
+from mlxvlm.server.sse import DONE, KEEP_ALIVE, frame, send_events
+
+_log = logging.getLogger(__name__)
+
+ReadJSON: TypeAlias = Callable[[HTTPRequest], Awaitable[Any]]
+FetchPicture: TypeAlias = Callable[[str], Awaitable[Any]]  # an image_url's text -> what processors take
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """What every endpoint works with."""
+
+    models: Models
+    read_json: ReadJSON
+    fetch_picture: FetchPicture
+    patience: Patience
+
+
+class ChatCompletions:
+    """The endpoint, an ASGI application: all that a request holds ends with its call."""
+
+    def __init__(self, doors: Doors) -> None:
+        self._doors = doors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = parse(ChatCompletionRequest, await self._doors.read_json(HTTPRequest(scope, receive)))
+        try:
+            await unless_gone(receive, self._answer(body, scope, send))
+        except TimeoutError:
+            _log.warning("a client that takes too long to read its answer is cut off")
+
+    async def _answer(self, body: ChatCompletionRequest, scope: Scope, send: Send) -> None:
+        doors = self._doors
+        async with doors.models.acquire(body.model) as model:
+            plan = chat_plan(body, model.engine.config.sampling, model.tools)
+            requests = await with_pictures(plan.requests, doors.fetch_picture)
+            async with Answering(model.engine, requests, doors.patience) as answering:
+                is_prepared = await answering.prepared()
+                reply = _Reply(body, chat_assembler(body, plan, model), answering)
+                if body.stream:
+                    await send_events(send, reply.events(is_prepared), doors.patience.send_timeout_s)
+                else:
+                    await (await reply.whole())(scope, _nothing, send)
+
+
+async def _nothing() -> Any:
+    """What an answer that is sent at once has to hear."""
+    return {"type": "http.disconnect"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """One request's answer on its way out."""
+
+    body: ChatCompletionRequest
+    assembler: ChatAssembler
+    answering: Answering
+
+    async def whole(self) -> Any:
+        """Raises the error of any choice."""
+        deltas: Arrived = []
+        async for arrived in self.answering:
+            deltas += arrived
+        completion = self.assembler.whole(
+            deltas,
+            self._prompt_token_ids(),
+            with_logprobs=bool(self.body.logprobs),
+            with_token_ids=bool(self.body.return_token_ids),
+        )
+        return json_reply(completion)
+
+    async def events(self, is_prepared: bool) -> AsyncGenerator[bytes, None]:
+        """An error becomes an event, which ends the stream."""
+        try:
+            while not is_prepared:
+                yield KEEP_ALIVE
+                is_prepared = await self.answering.prepared()
+            yield b"".join(map(frame, self.assembler.first(self._prompt_token_ids())))
+            async for arrived in self.answering:
+                chunks = [chunk for index, delta in arrived for chunk in self.assembler.feed(index, delta)]
+                if chunks or not arrived:
+                    yield b"".join(map(frame, chunks)) or KEEP_ALIVE
+        except MlxvlmError as error:
+            log_failure(error)
+            yield frame(error_body(error)) + DONE
+            return
+        options = self.body.stream_options
+        usage = frame(self.assembler.last()) if options is not None and options.include_usage else b""
+        yield usage + DONE
+
+    def _prompt_token_ids(self) -> tuple[int, ...] | None:
+        return self.answering.prompt_token_ids if self.body.return_token_ids else None
+
+
+def chat_assembler(body: ChatCompletionRequest, plan: ChatPlan, model: LoadedModel) -> ChatAssembler:
+    """For the choices of one request."""
+    engine = model.engine
+    choices = [
+        ChoiceAssembler(
+            index,
+            engine.processor.tokenizer.token_bytes if body.logprobs else None,
+            frozenset() if body.ignore_eos else engine.config.eos_token_ids,
+            plan.parser(),
+            max_calls=plan.max_calls,
+            with_token_ids=bool(body.return_token_ids),
+        )
+        for index in range(len(plan.requests))
+    ]
+    return ChatAssembler(choices, model.name)
+
+
+async def with_pictures(requests: tuple[Request, ...], fetch_picture: FetchPicture) -> tuple[Request, ...]:
+    """The requests of one plan, which share their messages, with their pictures fetched, each once."""
+    fetched: dict[str, Any] = {}
+    messages: list[Message] = []
+    for message in requests[0].messages:
+        for image in message.images:
+            if image.source not in fetched:
+                fetched[image.source] = await fetch_picture(image.source)
+        parts = tuple(
+            ImagePart(fetched[part.source]) if isinstance(part, ImagePart) else part for part in message.parts
+        )
+        messages.append(replace(message, parts=parts) if message.images else message)
+    return tuple(replace(request, messages=messages) for request in requests)
