@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -14,8 +15,10 @@ from mlxvlm.api.assemble import ChatAssembler, ChoiceAssembler
 from mlxvlm.api.base import parse
 from mlxvlm.api.plan import ChatPlan, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
+from mlxvlm.api.truncate import truncated
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.request import Request
-from mlxvlm.errors import MlxvlmError
+from mlxvlm.errors import ContextLengthError, MlxvlmError
 from mlxvlm.messages import ImagePart, Message
 from mlxvlm.server.answering import Answering, Arrived, Patience
 from mlxvlm.server.connection import unless_gone
@@ -24,6 +27,8 @@ from mlxvlm.server.replies import error_body, json_reply, log_failure
 from mlxvlm.server.sse import DONE, KEEP_ALIVE, frame, send_events
 
 _log = logging.getLogger(__name__)
+
+_ANSWER_PART = 4  # of the context: a fourth is kept free for the answer, where a chat is truncated
 
 ReadJSON: TypeAlias = Callable[[HTTPRequest], Awaitable[Any]]
 FetchPicture: TypeAlias = Callable[[str], Awaitable[Any]]  # an image_url's text -> what processors take
@@ -57,6 +62,8 @@ class ChatCompletions:
         async with doors.models.acquire(body.model) as model:
             plan = chat_plan(body, model.engine.config.sampling, model.tools)
             requests = await with_pictures(plan.requests, doors.fetch_picture)
+            if body.truncate_sequence:
+                requests = await asyncio.to_thread(fitting, model.engine, requests)
             async with Answering(model.engine, requests, doors.patience) as answering:
                 is_prepared = await answering.prepared()
                 reply = _Reply(body, chat_assembler(body, plan, model), answering)
@@ -144,4 +151,21 @@ async def with_pictures(requests: tuple[Request, ...], fetch_picture: FetchPictu
             ImagePart(fetched[part.source]) if isinstance(part, ImagePart) else part for part in message.parts
         )
         messages.append(replace(message, parts=parts) if message.images else message)
+    return tuple(replace(request, messages=messages) for request in requests)
+
+
+def fitting(engine: Engine, requests: tuple[Request, ...]) -> tuple[Request, ...]:
+    """The requests of one plan without the turns that the context has no room for."""
+    first, max_context = requests[0], engine.config.max_context
+    wanted = None if first.sampling is None else first.sampling.max_tokens
+    room = min(wanted or max_context, max_context // _ANSWER_PART)
+
+    def fits(messages: Sequence[Message]) -> bool:
+        try:
+            prompt = engine.processor(messages, first.template, first.image_options)
+        except ContextLengthError:
+            return False
+        return len(prompt.token_ids) + room <= max_context
+
+    messages = truncated(first.messages, fits)
     return tuple(replace(request, messages=messages) for request in requests)

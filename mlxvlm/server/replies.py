@@ -55,5 +55,5 @@ async def error_reply(request: Request, error: Exception) -> Response:
 
 def log_failure(error: Exception) -> None:
     """What clients are not told; other exceptions are logged with their frames where they end."""
-    if isinstance(error, InternalError | ModelError):
+    if isinstance(error, InternalError | ModelError) and error.http_status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error("%s\n%s", error, "\n".join(getattr(error, "__notes__", ())))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import openai
 import uvicorn
 
-from mlxvlm.engine.engine import Engine
-
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+from tests.fakes import eventually
 
 
 @contextmanager
@@ -25,26 +22,13 @@ def serving(app: Any) -> Iterator[str]:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server")
         thread.start()
-        eventually(lambda: server.started)
+        assert eventually(lambda: server.started)
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
-
-
-def eventually(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Waits for what another thread does."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "it has not come"
-        time.sleep(0.005)
-
-
-def is_idle(engine: Engine) -> bool:
-    stats = engine.stats()
-    return (stats.running, stats.waiting, stats.reserved_bytes) == (0, 0, 0)
 
 
 def client_of(url: str) -> openai.OpenAI:
