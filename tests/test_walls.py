@@ -28,13 +28,18 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         {"mlx", "numpy", "safetensors", "yaml", "huggingface_hub", "httpx2"},
     ),
     "engine": ({"engine", "models.base", "processors.base", "messages", "errors"}, {"mlx", "numpy", "llguidance"}),
+    "agent": (
+        {"agent", "engine.params", "engine.request", "processors.chat_template", "processors.tokenizer"}
+        | {"processors.base", "messages", "errors"},
+        {"ddgs", "httpx2", "trafilatura", "mcp"},
+    ),
     "api": (
         {"api", "agent", "engine.params", "engine.request", "messages", "errors"},
         {"pydantic", "pydantic_core"},
     ),
     "server": (
-        {"", "server", "api", "agent", "engine", "runner", "messages", "errors", "processors"},
-        {"starlette", "uvicorn", "pydantic"},
+        {"server", "api", "agent", "engine", "messages", "errors"},
+        {"starlette", "pydantic"},
     ),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
     "cli": (

@@ -54,7 +54,7 @@ def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def chosen(tools: Sequence[Tool], choice: ToolChoice) -> tuple[Tool, ...]:
+def allowed(tools: Sequence[Tool], choice: ToolChoice) -> tuple[Tool, ...]:
     """The tools that may be called. Raises UsageError for a choice that names none of them."""
     if choice == "none":
         return ()

@@ -192,7 +192,7 @@ class ChatAssembler:
 
     def last(self) -> ChatCompletionChunk:
         """The usage of all choices."""
-        return self._chunk([], self._usage())
+        return self._chunk([], total_usage(self.usages))
 
     def whole(
         self,
@@ -213,12 +213,14 @@ class ChatAssembler:
             model=self._model,
             system_fingerprint=FINGERPRINT,
             choices=[each.choice(with_logprobs=with_logprobs, with_token_ids=with_token_ids) for each in wholes],
-            usage=self._usage(),
+            usage=total_usage(self.usages),
             prompt_token_ids=None if prompt_token_ids is None else list(prompt_token_ids),
         )
 
-    def _usage(self) -> answers.Usage:
-        return total_usage([choice.usage for choice in self._choices if choice.usage is not None])
+    @property
+    def usages(self) -> list[Usage]:
+        """Of the choices that have ended."""
+        return [choice.usage for choice in self._choices if choice.usage is not None]
 
     def _chunk(self, choices: list[ChunkChoice], usage: answers.Usage | None = None) -> ChatCompletionChunk:
         return ChatCompletionChunk(

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlxvlm.errors import MlxvlmError, RequestError
 from mlxvlm.server.answering import Patience
-from mlxvlm.server.chat_completions import ChatCompletions, Doors, FetchPicture, ReadJSON
+from mlxvlm.server.chat_completions import ChatCompletions, Doors, FetchPicture, NoteUsage, ReadJSON
 from mlxvlm.server.models import ModelRoutes, Models
 from mlxvlm.server.replies import error_reply
 
@@ -40,6 +40,7 @@ def create_app(
     *,
     read_json: ReadJSON = read_json,
     fetch_picture: FetchPicture = any_picture,
+    note_usage: NoteUsage = lambda scope, model, usage: None,
     middleware: Sequence[Middleware] = (),
     routes: Sequence[BaseRoute] = (),
     patience: Patience | None = None,
@@ -47,9 +48,10 @@ def create_app(
     """An ASGI application over these models.
 
     read_json: a request's body -> its value, within limits. fetch_picture: an image_url's text -> bytes, after the
-    server's policy. middleware: pure ASGI, outermost first. routes: more endpoints. patience: waiting times and bounds.
+    server's policy. note_usage: told of each answer, for a log. middleware: pure ASGI, outermost first. routes: more
+    endpoints. patience: waiting times and bounds.
     """
-    doors = Doors(models, read_json, fetch_picture, patience or Patience())
+    doors = Doors(models, read_json, fetch_picture, patience or Patience(), note_usage)
     about = ModelRoutes(models)
     own = [
         Route("/v1/chat/completions", ChatCompletions(doors), methods=["POST"]),

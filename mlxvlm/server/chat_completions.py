@@ -6,24 +6,27 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
+from mlxvlm.api.answers import ChatCompletion
 from mlxvlm.api.assemble import ChatAssembler, ChoiceAssembler
 from mlxvlm.api.base import parse
 from mlxvlm.api.plan import ChatPlan, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.api.truncate import truncated
+from mlxvlm.api.usage import together
 from mlxvlm.engine.engine import Engine
-from mlxvlm.engine.request import Request
+from mlxvlm.engine.request import Request, Usage
 from mlxvlm.errors import ContextLengthError, MlxvlmError
 from mlxvlm.messages import ImagePart, Message
 from mlxvlm.server.answering import Answering, Arrived, Patience
 from mlxvlm.server.connection import unless_gone
 from mlxvlm.server.models import LoadedModel, Models
-from mlxvlm.server.replies import error_body, json_reply, log_failure
+from mlxvlm.server.replies import error_body, log_failure, send_at_once
 from mlxvlm.server.sse import DONE, KEEP_ALIVE, frame, send_events
 
 _log = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ _ANSWER_PART = 4  # of the context: a fourth is kept free for the answer, where 
 
 ReadJSON: TypeAlias = Callable[[HTTPRequest], Awaitable[Any]]
 FetchPicture: TypeAlias = Callable[[str], Awaitable[Any]]  # an image_url's text -> what processors take
+NoteUsage: TypeAlias = Callable[[Scope, str, Usage], None]  # the model's name, and what all choices took
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Doors:
     read_json: ReadJSON
     fetch_picture: FetchPicture
     patience: Patience
+    note_usage: NoteUsage
 
 
 class ChatCompletions:
@@ -66,16 +71,12 @@ class ChatCompletions:
                 requests = await asyncio.to_thread(fitting, model.engine, requests)
             async with Answering(model.engine, requests, doors.patience) as answering:
                 is_prepared = await answering.prepared()
-                reply = _Reply(body, chat_assembler(body, plan, model), answering)
+                note = partial(doors.note_usage, scope, model.name)
+                reply = _Reply(body, chat_assembler(body, plan, model), answering, note)
                 if body.stream:
                     await send_events(send, reply.events(is_prepared), doors.patience.send_timeout_s)
                 else:
-                    await (await reply.whole())(scope, _nothing, send)
-
-
-async def _nothing() -> Any:
-    """What an answer that is sent at once has to hear."""
-    return {"type": "http.disconnect"}
+                    await send_at_once(send, await reply.whole())
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,9 @@ class _Reply:
     body: ChatCompletionRequest
     assembler: ChatAssembler
     answering: Answering
+    note: Callable[[Usage], None]
 
-    async def whole(self) -> Any:
+    async def whole(self) -> ChatCompletion:
         """Raises the error of any choice."""
         deltas: Arrived = []
         async for arrived in self.answering:
@@ -97,7 +99,8 @@ class _Reply:
             with_logprobs=bool(self.body.logprobs),
             with_token_ids=bool(self.body.return_token_ids),
         )
-        return json_reply(completion)
+        self.note(together(self.assembler.usages))
+        return completion
 
     async def events(self, is_prepared: bool) -> AsyncGenerator[bytes, None]:
         """An error becomes an event, which ends the stream."""
@@ -114,6 +117,8 @@ class _Reply:
             log_failure(error)
             yield frame(error_body(error)) + DONE
             return
+        # Before the last write: after it, the client may be gone.
+        self.note(together(self.assembler.usages))
         options = self.body.stream_options
         usage = frame(self.assembler.last()) if options is not None and options.include_usage else b""
         yield usage + DONE

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Send
 
 from mlxvlm.api.answers import Error, ErrorBody
 from mlxvlm.errors import InternalError, MlxvlmError, ModelError
@@ -22,6 +23,14 @@ NOT_LOADED = "the model can't be loaded; the server's log says why"  # the reaso
 def json_reply(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A body of ours."""
     return Response(body.model_dump_json().encode(), status, headers, "application/json")
+
+
+async def send_at_once(send: Send, body: BaseModel) -> None:
+    """A body of ours from inside an ASGI application."""
+    data = body.model_dump_json().encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": data})
 
 
 def error_body(error: Exception) -> ErrorBody:

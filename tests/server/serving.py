@@ -15,9 +15,11 @@ from tests.fakes import eventually
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The base URL of an application on a free port, until the block ends."""
+def serving(app: Any, *, small: bool = False) -> Iterator[str]:
+    """The base URL of an application on a free port, until the block ends. small: with next to no buffers."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        if small:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         config = uvicorn.Config(app, log_level="error", lifespan="off", ws="none", loop="asyncio")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server")
