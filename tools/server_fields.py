@@ -31,8 +31,12 @@ def type_of(schema: Mapping[str, Any]) -> str:
     if words == "array":
         words = f"list of {_plural(type_of(schema['items']))}"
     # Beyond a billion a limit is no one's concern.
-    limits = [text.format(f"{schema[key]:,}") for key, text in _LIMITS if key in schema and abs(schema[key]) < 1e9]
+    limits = [text.format(_number(schema[key])) for key, text in _LIMITS if key in schema and abs(schema[key]) < 1e9]
     return " ".join([words, *limits])
+
+
+def _number(value: float) -> str:
+    return f"{int(value) if value == int(value) else value:,}"
 
 
 def _plural(word: str) -> str:
