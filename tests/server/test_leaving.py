@@ -80,6 +80,15 @@ def read_to_end(connection: socket.socket) -> bytes:
     return data
 
 
+def read_until(connection: socket.socket, words: bytes, data: bytes = b"", times: int = 1) -> bytes:
+    """All that came, `data` first, once the words stand in it so many times."""
+    while data.count(words) < times:
+        piece = connection.recv(4096)
+        assert piece, "the connection was closed"
+        data += piece
+    return data
+
+
 def text_of(ids: Sequence[int]) -> str:
     return "".join(chr(ord("0") + token) for token in ids)
 
@@ -153,19 +162,13 @@ def test_silence_is_filled_with_comments() -> None:
     engine.processor = held = HeldProcessor()
     with served(engine, Patience(keep_alive_s=0.02)) as url:
         with connected(url, body_of(stream=True)) as connection:
-            data = b""
-            while data.count(b": keep-alive\n\n") < 3:
-                data += connection.recv(4096)
+            data = read_until(connection, b": keep-alive\n\n", times=3)
             assert b"data:" not in data, "nothing is said before the prompt is made"
             held.opened.set()
-            while b'"role"' not in data:
-                data += connection.recv(4096)
-            quiet = data.count(b"keep-alive")
-            while data.count(b"keep-alive") < quiet + 3:
-                data += connection.recv(4096)
+            data = read_until(connection, b'"role"', data)
+            data = read_until(connection, b"keep-alive", data, data.count(b"keep-alive") + 3)
             gate.opened.set()
-            while b"[DONE]" not in data:
-                data += connection.recv(4096)
+            data = read_until(connection, b"[DONE]", data)
         events = [line for line in data.split(b"\n") if line.startswith(b"data: {")]
         said = [json.loads(event[6:])["choices"][0]["delta"].get("content", "") for event in events]
         assert "".join(said) == text_of(answer([1, 2], 5))
@@ -176,9 +179,7 @@ def test_an_error_after_the_start_is_an_event_and_the_end() -> None:
     model.nan_token = answer([1, 2], 3)[-1]
     with served(fake_engine(model)) as url:
         with connected(url, {**body_of(stream=True, n=2, stream_options={"include_usage": True})}) as connection:
-            data = b""
-            while b"[DONE]" not in data:
-                data += connection.recv(4096)
+            data = read_until(connection, b"[DONE]")
         events = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: ")]
         error = json.loads(events[-2])["error"]
         assert (error["type"], events[-1].strip()) == ("server_error", b"[DONE]")
@@ -196,26 +197,29 @@ def test_an_error_of_a_prompt_that_took_long_is_an_event_too() -> None:
         served(engine, Patience(keep_alive_s=0.02)) as url,
         connected(url, body_of("refuse", stream=True)) as connection,
     ):
-        data = connection.recv(4096)
-        while b"keep-alive" not in data:
-            data += connection.recv(4096)
+        data = read_until(connection, b"keep-alive")
         held.opened.set()
-        while b"[DONE]" not in data:
-            data += connection.recv(4096)
+        data = read_until(connection, b"[DONE]", data)
         assert b'"refused"' in data
 
 
 def test_too_many_requests_are_told_when_to_come_back() -> None:
     gate = Gate()
     engine = fake_engine(FakeModel(on_call=gate), max_rows=1, max_queue=2)
-    with served(engine) as url, client_of(url) as client, connected(url, body_of()), connected(url, body_of()):
-        assert eventually(lambda: engine.stats().waiting == 1)
+    with served(engine) as url, client_of(url) as client, connected(url, body_of()) as first:
+        assert gate.entered.wait(20)
+        second = connected(url, body_of())
+        assert eventually(lambda: (engine.stats().running, engine.stats().waiting) == (1, 1))
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(model="fake", n=2, **body_of())
         assert caught.value.status_code == 503
         assert caught.value.response.headers["retry-after"] == "2"
         gate.opened.set()
-        assert eventually(lambda: is_empty(engine)), "the choice that got in is cancelled"
+        for connection in (first, second):
+            read_until(connection, b'"finish_reason":"length"')
+        second.close()
+        assert eventually(lambda: is_empty(engine))
+        assert engine.stats().generated_tokens == 2 * 5, "the choice that got in is cancelled"
 
 
 @pytest.mark.parametrize("patience", [Patience(max_unread=100), Patience(send_timeout_s=0.1)], ids=["behind", "still"])
