@@ -192,7 +192,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "mlxvlm"
-    status: str = Field("loaded", description="loaded, loading or unloaded.")
+    status: str = Field(default="loaded", description="loaded, loading or unloaded.")
 
 
 class ModelList(BaseModel):

@@ -65,7 +65,7 @@ def create_app(
         ClientDisconnect: _left,
         Exception: error_reply,
     }
-    return Starlette(routes=[*own, *routes], middleware=middleware, exception_handlers=handlers)
+    return Starlette(routes=[*routes, *own], middleware=middleware, exception_handlers=handlers)
 
 
 async def _left(request: Request, error: Exception) -> Response:
