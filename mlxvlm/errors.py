@@ -13,6 +13,8 @@ class MlxvlmError(Exception):
 
     http_status: ClassVar[int] = 500
     exit_code: ClassVar[int] = 5
+    code: str | None = None  # OpenAI's word for it, where it has one
+    param: str | None = None  # the request's field that is wrong, as a path: messages[0].content
 
     def __init__(self, message: str) -> None:
         # Names and values of a checkpoint or a request stand in it, which may break lines or steer a terminal.
@@ -33,8 +35,18 @@ class InputError(MlxvlmError):
     exit_code = 3
 
 
+class RequestError(InputError):
+    """A field of a request is unknown, missing, or holds what it can't."""
+
+    def __init__(self, message: str, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
 class ImageError(InputError):
     """A picture can't be fetched, read or decoded."""
+
+    code = "invalid_image"
 
 
 class TemplateError(InputError):
@@ -43,6 +55,8 @@ class TemplateError(InputError):
 
 class ContextLengthError(InputError):
     """The prompt does not fit into the model's context."""
+
+    code = "context_length_exceeded"
 
 
 class MemoryBudgetError(InputError):
@@ -59,6 +73,7 @@ class ModelNotFoundError(ModelError):
     """No such folder or repository, or no access to it."""
 
     http_status = 404
+    code = "model_not_found"
 
 
 class UnsupportedModelError(ModelError):

@@ -31,7 +31,15 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
     "agent": (
         {"agent", "engine.params", "engine.request", "processors.chat_template", "processors.tokenizer"}
         | {"processors.base", "messages", "errors"},
-        {"ddgs", "httpx2", "trafilatura", "mcp"},
+        {"ddgs", "httpx2", "mcp"},
+    ),
+    "api": (
+        {"api", "agent", "engine.params", "engine.request", "messages", "errors"},
+        {"pydantic", "pydantic_core"},
+    ),
+    "server": (
+        {"server", "api", "agent", "engine", "messages", "errors"},
+        {"starlette", "pydantic"},
     ),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
     "cli": (

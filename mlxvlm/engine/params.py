@@ -82,7 +82,7 @@ class SamplingParams:
 
     def check(self, vocab_size: int) -> None:
         """Raises UsageError naming the first parameter out of range; MLX checks no bounds."""
-        for name, (low, high) in _RANGES.items():
+        for name, (low, high) in RANGES.items():
             _in_range(name, getattr(self, name), low, high)
         _whole("top_k", self.top_k, 0)
         if self.max_tokens is not None:
@@ -122,7 +122,8 @@ class SamplingParams:
         return self.dry_multiplier > 0 or self.grammar is not None
 
 
-_RANGES: Mapping[str, tuple[float, float]] = {
+# What a parameter may be; doors describe it with the same numbers.
+RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),

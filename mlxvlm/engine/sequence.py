@@ -92,6 +92,7 @@ class Sequence:
         self.kv: KVGroup | None = None  # its own until it joins the batch
         self.prefilled = 0
         self.phase = Phase.VISION if prompt.images else Phase.PREFILL
+        self.stream.begin(prompt.token_ids)
 
     @property
     def outgrows(self) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 from mlxvlm.engine.request import Completion, Delta
 from mlxvlm.errors import InternalError
@@ -25,15 +25,32 @@ class Stream:
         self._ready = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._ended = False
+        self.prompt_token_ids: tuple[int, ...] | None = None  # known when the prompt is made
 
     def cancel(self) -> None:
         """Ends the answer at the next step; what was produced still comes, with finish_reason "cancelled"."""
         self._on_cancel()
 
+    def begin(self, prompt_token_ids: tuple[int, ...]) -> None:
+        """Called by the engine when the prompt is made."""
+        self.prompt_token_ids = prompt_token_ids
+        self._wake()
+
     def put(self, item: Delta | BaseException) -> None:
         """Called by the engine; never blocks."""
         with self._ready:
             self._items.append(item)
+        self._wake()
+
+    async def prepared(self) -> None:
+        """Waits until the prompt is made, or the answer has ended before; to be awaited before iterating."""
+        async with self._woken() as event:
+            while self.prompt_token_ids is None and not self._items:
+                await event.wait()
+                event.clear()
+
+    def _wake(self) -> None:
+        with self._ready:
             self._ready.notify_all()
             waiter = self._waiter
         if waiter is not None:
@@ -50,20 +67,28 @@ class Stream:
             yield self._take()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            async with self._woken() as event:
+                while not self._ended:
+                    while not self._items:
+                        await event.wait()
+                        event.clear()
+                    yield self._take()
+        finally:
+            if not self._ended:
+                self.cancel()
+
+    @asynccontextmanager
+    async def _woken(self) -> AsyncIterator[asyncio.Event]:
+        """An event of this loop that is set by whatever comes."""
         event = asyncio.Event()
         with self._ready:
             self._waiter = (asyncio.get_running_loop(), event)
         try:
-            while not self._ended:
-                while not self._items:
-                    await event.wait()
-                    event.clear()
-                yield self._take()
+            yield event
         finally:
             with self._ready:
                 self._waiter = None
-            if not self._ended:
-                self.cancel()
 
     def _take(self) -> Delta:
         with self._ready:

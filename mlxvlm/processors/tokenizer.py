@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ import tokenizers
 from mlxvlm.errors import InputError, ModelError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# How byte-level vocabularies spell a byte: printable ones as they are, the others from U+0100 on.
+# Source: GPT-2's `bytes_to_unicode`.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's, for what it has no piece of
 
 # Of no model here, and one that the merges don't have aborts the process in `tokenizers`.
 _PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
@@ -111,3 +119,25 @@ class Tokenizer:
         """Text of token ids without special tokens; incomplete UTF-8 becomes U+FFFD."""
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, a special one for its own name; b"" for an id that there is not.
+
+        A SentencePiece's leading space is kept, which decode() drops at the beginning of a text.
+        """
+        token = self.backend.id_to_token(token_id)
+        if token is None or token_id in self._added:
+            return (token or "").encode()
+        if self._is_byte_level:
+            return bytes(_BYTES[char] for char in token) if _BYTES.keys() >= set(token) else token.encode()
+        byte = _BYTE_TOKEN.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = self.backend.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()

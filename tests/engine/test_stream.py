@@ -7,9 +7,10 @@ import threading
 
 import pytest
 
-from mlxvlm.engine.request import Delta, Usage
+from mlxvlm.engine.request import Delta, Request, Usage
 from mlxvlm.engine.stream import Stream, collect
 from mlxvlm.errors import InputError, InternalError
+from mlxvlm.messages import Message, TextPart
 from tests.fakes import FakeModel, Gate, answer, ask, eventually, fake_engine
 
 USAGE = Usage(1, 1, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -139,3 +140,30 @@ def test_a_reader_whose_loop_is_gone_does_no_harm() -> None:
     asyncio.run(wait_once())
     stream.put(LAST)
     assert [delta.text for delta in stream] == ["c"]
+
+
+def test_the_prompts_ids_are_known_before_the_first_delta() -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        with fake_engine(FakeModel(on_call=gate)) as engine:
+            stream = engine.submit(ask([1, 2], 3))
+            await asyncio.wait_for(stream.prepared(), 20)
+            assert stream.prompt_token_ids == (1, 2)
+            gate.opened.set()
+            tokens = [token async for delta in stream for token in delta.token_ids]
+            assert tokens == answer([1, 2], 3)
+
+    asyncio.run(main())
+
+
+def test_what_ends_before_it_is_prepared_has_no_ids() -> None:
+    async def main() -> None:
+        with fake_engine() as engine:
+            stream = engine.submit(Request([Message("user", (TextPart("refuse"),))]))
+            await asyncio.wait_for(stream.prepared(), 20)
+            assert stream.prompt_token_ids is None
+            with pytest.raises(InputError):
+                [delta async for delta in stream]
+
+    asyncio.run(main())

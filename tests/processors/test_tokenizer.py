@@ -12,6 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mlxvlm
 from mlxvlm.errors import InputError, ModelError
 from mlxvlm.processors.chat_template import ChatTemplate
 from mlxvlm.processors.tokenizer import Tokenizer
@@ -194,3 +195,35 @@ def test_an_empty_extra_token_stands_for_none(tmp_path: Path) -> None:
     assert read(tmp_path, {"additional_special_tokens": [""]}).backend.get_vocab() == plain.backend.get_vocab()
     with pytest.raises(ModelError, match="does not take '' as a special token"):
         plain.add_special("")
+
+
+@given(st.text())
+@settings(max_examples=200)
+def test_the_bytes_of_tokens_are_those_of_the_text(text: str) -> None:
+    tokenizer = Tokenizer(byte_tokenizer(), {})
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_the_bytes_of_every_token_are_what_it_decodes_to() -> None:
+    demo = Path(mlxvlm.__file__).parent / "demo"
+    tokenizer = Tokenizer.from_files(demo / "tokenizer.json", {}, {})
+    tokenizer.add_special("<\u00e9>")  # a letter that also spells a byte
+    for token_id in range(tokenizer.backend.get_vocab_size()):
+        data = tokenizer.token_bytes(token_id)
+        if token_id in tokenizer.backend.get_added_tokens_decoder():
+            assert data.decode() == tokenizer.backend.id_to_token(token_id)
+        else:
+            assert data.decode("utf-8", "replace") == tokenizer.decode([token_id])
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_the_bytes_of_sentence_pieces() -> None:
+    vocabulary = {"<unk>": 0, "\u2581the": 1, "n": 2, "<0xE9>": 3, "<s>": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    tokenizer = Tokenizer(backend, {})
+    tokenizer.add_special("<s>")
+    assert [tokenizer.token_bytes(token_id) for token_id in range(1, 5)] == [b" the", b"n", b"\xe9", b"<s>"]

@@ -1,0 +1,143 @@
+"""The engine's streams of one HTTP request, merged. Knows asyncio and the engine, no HTTP and no shapes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, TypeAlias
+
+from mlxvlm.engine.request import Delta, Request
+from mlxvlm.engine.stream import Stream
+from mlxvlm.errors import MlxvlmError
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a server waits, and for how much.
+
+    A reader that is too slow makes its own answer wait here, in memory: about a kilobyte a Delta, four with all
+    logprobs. One that is max_unread behind, or takes nothing for send_timeout_s, is cut off.
+    """
+
+    keep_alive_s: float = 10.0  # of silence, before a comment is sent
+    max_unread: int = 8192  # Deltas of all choices
+    send_timeout_s: float = 300.0
+
+
+class Submitter(Protocol):
+    """The engine."""
+
+    def submit(self, request: Request) -> Stream: ...
+
+
+Arrived: TypeAlias = list[tuple[int, Delta]]
+
+
+class Answering:
+    """All choices of one request at once, from `async with` to its end; what still runs then is cancelled.
+
+    Raises what submitting raises, TimeoutError at the end of the block when the reader was cut off.
+    """
+
+    def __init__(self, engine: Submitter, requests: Sequence[Request], patience: Patience) -> None:
+        self._engine, self._requests, self._patience = engine, requests, patience
+        self._streams: list[Stream] = []
+        self._pumps: list[asyncio.Task[None]] = []
+        self._arrived: deque[tuple[int, Delta | MlxvlmError]] = deque()
+        self._something = asyncio.Event()
+        self._unprepared = self._unfinished = len(requests)
+        self._scope = asyncio.timeout(None)
+
+    async def __aenter__(self) -> Answering:
+        try:
+            for request in self._requests:
+                self._streams.append(self._engine.submit(request))
+        except MlxvlmError:
+            self._cancel()
+            raise
+        await self._scope.__aenter__()
+        self._pumps = [asyncio.create_task(self._pump(index, each)) for index, each in enumerate(self._streams)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cancel()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await self._scope.__aexit__(kind, error, trace)
+
+    def _cancel(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+
+    async def prepared(self) -> bool:
+        """Waits until all prompts are made, at most keep_alive_s; whether they are. Raises the first choice's error.
+
+        Until then nothing need be sent, so that errors of the input can have a status of their own.
+        """
+        while self._unprepared and not self._failed():
+            if not await self._wait():
+                return False
+        failure = self._failed()
+        if failure is not None:
+            raise failure
+        return True
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...] | None:
+        """The same for all choices; None before it is prepared."""
+        return self._streams[0].prompt_token_ids
+
+    async def __aiter__(self) -> AsyncIterator[Arrived]:
+        """All that has come, in order; an empty list after keep_alive_s of silence. Raises a choice's error."""
+        while self._unfinished:
+            if not self._arrived and not await self._wait():
+                yield []
+            arrived: Arrived = []
+            while self._arrived:
+                index, item = self._arrived.popleft()
+                if isinstance(item, MlxvlmError):
+                    if arrived:
+                        self._arrived.appendleft((index, item))
+                        break
+                    raise item
+                self._unfinished -= item.finish_reason is not None
+                arrived.append((index, item))
+            if arrived:
+                yield arrived
+
+    def _failed(self) -> MlxvlmError | None:
+        return next((item for _, item in self._arrived if isinstance(item, MlxvlmError)), None)
+
+    async def _wait(self) -> bool:
+        """Whether something came within keep_alive_s."""
+        try:
+            async with asyncio.timeout(self._patience.keep_alive_s):
+                await self._something.wait()
+        except TimeoutError:
+            return False
+        self._something.clear()
+        return True
+
+    async def _pump(self, index: int, stream: Stream) -> None:
+        try:
+            await stream.prepared()
+            self._unprepared -= 1
+            self._something.set()
+            async for delta in stream:
+                self._put(index, delta)
+        except MlxvlmError as error:
+            self._put(index, error)
+
+    def _put(self, index: int, item: Delta | MlxvlmError) -> None:
+        self._arrived.append((index, item))
+        self._something.set()
+        if len(self._arrived) > self._patience.max_unread:
+            self._cancel()
+            self._arrived.clear()
+            self._scope.reschedule(asyncio.get_running_loop().time())

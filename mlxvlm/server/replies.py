@@ -1,0 +1,68 @@
+"""JSON answers and errors in OpenAI's shape. Nothing internal leaves through here."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
+from mlxvlm.api.answers import Error, ErrorBody
+from mlxvlm.errors import InternalError, MlxvlmError, ModelError
+
+_log = logging.getLogger(__name__)
+
+INTERNAL = "the server has made a mistake; its log says more"
+NOT_LOADED = "the model can't be loaded; the server's log says why"  # the reason names its files
+
+
+def json_reply(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A body of ours."""
+    return Response(body.model_dump_json().encode(), status, headers, "application/json")
+
+
+async def send_at_once(send: Send, body: BaseModel) -> None:
+    """A body of ours from inside an ASGI application."""
+    data = body.model_dump_json().encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": data})
+
+
+def error_body(error: Exception) -> ErrorBody:
+    """What a client is told."""
+    if isinstance(error, ModelError) and error.http_status >= 500:
+        return _body(NOT_LOADED, error.http_status)
+    if isinstance(error, MlxvlmError) and not isinstance(error, InternalError):
+        return _body(str(error), error.http_status, error.param, error.code)
+    if isinstance(error, HTTPException):
+        return _body(error.detail, error.status_code)
+    return _body(INTERNAL, 500)
+
+
+def _body(message: str, status: int, param: str | None = None, code: str | None = None) -> ErrorBody:
+    # Source: https://platform.openai.com/docs/guides/error-codes
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return ErrorBody(error=Error(message=message, type=kind, param=param, code=code))
+
+
+async def error_reply(request: Request, error: Exception) -> Response:
+    """The answer to a request that failed before its answer began."""
+    if isinstance(error, HTTPException):
+        status, headers = error.status_code, dict(error.headers or {})
+    else:
+        status = error.http_status if isinstance(error, MlxvlmError) else HTTPStatus.INTERNAL_SERVER_ERROR
+        retry_after_s = getattr(error, "retry_after_s", None)
+        headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    log_failure(error)
+    return json_reply(error_body(error), status, headers)
+
+
+def log_failure(error: Exception) -> None:
+    """What clients are not told; other exceptions are logged with their frames where they end."""
+    if isinstance(error, InternalError | ModelError) and error.http_status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error("%s\n%s", error, "\n".join(getattr(error, "__notes__", ())))

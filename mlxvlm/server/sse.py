@@ -1,0 +1,36 @@
+"""Server-sent events as OpenAI frames them. Source: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from pydantic import BaseModel
+from starlette.types import Send
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the pieces
+)
+# Ends of lines to some clients' splitlines(), though not to the standard.
+_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
+
+def frame(body: BaseModel) -> bytes:
+    """One event."""
+    text = body.model_dump_json()
+    return b"data: " + (text if text.isascii() else text.translate(_BREAKS)).encode() + b"\n\n"
+
+
+async def send_events(send: Send, events: AsyncGenerator[bytes, None], send_timeout_s: float) -> None:
+    """A whole event stream, one write for each piece. Raises TimeoutError where one is not taken in that time."""
+    await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+    async with aclosing(events):
+        async for data in events:
+            async with asyncio.timeout(send_timeout_s):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,32 @@
+"""The packaged demo model behind HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+import mlxvlm
+from mlxvlm.engine.engine import Engine
+from mlxvlm.server.app import create_app
+from mlxvlm.server.models import SingleModel
+from tests.server.serving import client_of, serving
+
+
+@pytest.fixture(scope="session")
+def demo_engine() -> Iterator[Engine]:
+    with mlxvlm.load("demo") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def demo_url(demo_engine: Engine) -> Iterator[str]:
+    with serving(create_app(SingleModel("demo", demo_engine))) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def client(demo_url: str) -> Iterator[openai.OpenAI]:
+    with client_of(demo_url) as client:
+        yield client
