@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlxvlm.checkpoint.load import REQUANTIZE, LoadOptions, ModelSource, open_model
 from mlxvlm.engine.config import EngineConfig
@@ -64,13 +65,15 @@ def start(
     options: LoadOptions | None = None,
     progress: Progress | None = None,
     max_memory_bytes: int | None = None,
+    **limits: Any,
 ) -> Engine:
-    """An engine with an opened model; see load()."""
+    """An engine with an opened model; see load(). limits: further fields of EngineConfig."""
     config = EngineConfig(
         source.max_context,
         source.defaults.eos_token_ids,
         sampling_defaults(source),
         max_memory_bytes=max_memory_bytes,
+        **limits,
     )
     return Engine(partial(source.build, options or LoadOptions()), source.processor, config, progress)
 

@@ -1,0 +1,27 @@
+"""Answers that are given before an endpoint is reached, in the shape of OpenAI's errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from starlette.types import Send
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> bytes:
+    """OpenAI's error object. Source: https://platform.openai.com/docs/guides/error-codes"""
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+
+
+async def send_error(send: Send, status: int, message: str, code: str | None = None, headers: Headers = ()) -> None:
+    """A whole answer, after which the connection is closed: nobody wants to read the body that may still come."""
+    body = error_body(message, code=code)
+    fixed = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    await send({"type": "http.response.body", "body": body})
