@@ -29,10 +29,18 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "engine": ({"engine", "models.base", "processors.base", "messages", "errors"}, {"mlx", "numpy", "llguidance"}),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
+    "server": (
+        {
+            *("server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
+            *("processors.sources", "messages", "errors"),
+        },
+        {"starlette", "uvicorn", "h11", "httpx2", "prometheus_client"},
+    ),
     "cli": (
         {
             "",
             "cli",
+            "server",
             "runner",
             "checkpoint.load",
             "checkpoint.build",

@@ -16,12 +16,11 @@ def error_body(message: str, kind: str = "invalid_request_error", code: str | No
 
 
 async def send_error(send: Send, status: int, message: str, code: str | None = None, headers: Headers = ()) -> None:
-    """A whole answer, after which the connection is closed: nobody wants to read the body that may still come."""
+    """A whole answer. A body that may still come is left to the connection, which has a time limit for it."""
     body = error_body(message, code=code)
     fixed = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
     ]
     await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
     await send({"type": "http.response.body", "body": body})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -101,6 +101,7 @@ class Registry:
         self._changing = asyncio.Lock()
         self._released = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mlxvlm-load")
+        self._changes: set[asyncio.Task[None]] = set()
         self._reaper: asyncio.Task[None] | None = None
         self._closed = False
         self.is_ready = False  # whether the first load has succeeded
@@ -179,9 +180,7 @@ class Registry:
 
     async def unload(self, name: str) -> None:
         """Waits for running requests (drain_s at most), then frees the model's memory."""
-        slot = self._slot(name)
-        async with self._changing:
-            await self._drain(slot)
+        await self._change(self._unload_drained(self._slot(name)))
 
     async def re_isq(self, name: str, isq: str | int | None) -> None:
         """The same model quantised otherwise. If that fails, the recipe stays what it was.
@@ -191,15 +190,7 @@ class Registry:
         slot = self._slot(name)
         spec = replace(slot.spec, options=replace(slot.spec.options, isq=isq))
         await self._in_pool(self._loader.check, spec)
-        async with self._changing:
-            self._check_open()
-            await self._drain(slot)
-            former, slot.spec = slot.spec, spec
-            try:
-                await self._build(slot)
-            except BaseException:
-                slot.spec = former
-                raise
+        await self._change(self._rebuild(slot, spec))
 
     async def unload_idle(self) -> None:
         """Unloads what nobody has used for idle_unload_s."""
@@ -209,15 +200,19 @@ class Registry:
                     _log.info("%s was idle and is unloaded", slot.spec.name)
                     await self._unload(slot)
 
-    async def close(self) -> None:
-        """Ends loading where it is, gives requests drain_s, then frees all models."""
+    def refuse(self) -> None:
+        """Ends loading where it is, and who waits for it gets EngineClosedError; what runs goes on."""
         self._closed = True
         self._tell()
+
+    async def close(self) -> None:
+        """refuse(); gives requests drain_s, then frees all models."""
+        self.refuse()
         if self._reaper is not None:
             self._reaper.cancel()
             with suppress(asyncio.CancelledError):
                 await self._reaper
-        loading = [slot.loading for slot in self._slots if slot.loading is not None]
+        loading = [*self._changes, *(slot.loading for slot in self._slots if slot.loading is not None)]
         if loading:
             _, late = await asyncio.wait(loading, timeout=self._drain_s)
             self.is_stuck = bool(late)
@@ -242,6 +237,28 @@ class Registry:
             slot.loading = asyncio.create_task(self._load(slot))
             slot.loading.add_done_callback(lambda task: _loaded(slot, task))
         await asyncio.shield(slot.loading)
+
+    async def _change(self, work: Coroutine[Any, Any, None]) -> None:
+        """Goes on to its end also where the client that wanted it leaves: half a change would lose an engine."""
+        task = asyncio.create_task(work)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
+
+    async def _unload_drained(self, slot: _Slot) -> None:
+        async with self._changing:
+            await self._drain(slot)
+
+    async def _rebuild(self, slot: _Slot, spec: ModelSpec) -> None:
+        async with self._changing:
+            self._check_open()
+            await self._drain(slot)
+            former, slot.spec = slot.spec, spec
+            try:
+                await self._build(slot)
+            except BaseException:
+                slot.spec = former
+                raise
 
     async def _load(self, slot: _Slot) -> None:
         async with self._changing:
