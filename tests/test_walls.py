@@ -32,7 +32,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
     "server": (
         {
             *("server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
-            *("processors.sources", "messages", "errors"),
+            *("processors.sources", "api", "messages", "errors"),
         },
         {"starlette", "uvicorn", "h11", "httpx2", "prometheus_client"},
     ),

@@ -134,12 +134,11 @@ def execute(args: argparse.Namespace) -> int:
 def _run(settings: ServerSettings, specs: list[ModelSpec]) -> int:
     import asyncio
 
-    # A server's program can't do without them: a missing package should be told before a port is taken.
-    from mlxvlm.server.app import create_app  # type: ignore[import-not-found]
+    from mlxvlm.server.assembly import assemble
     from mlxvlm.server.loading import CheckpointLoader
     from mlxvlm.server.registry import Registry
     from mlxvlm.server.request_log import configure_logging
-    from mlxvlm.server.serving import listen, protected, serve, url_of
+    from mlxvlm.server.serving import allow_connections, listen, serve, url_of
 
     configure_logging(settings.log_json)
     if not settings.is_loopback and settings.api_key is None:
@@ -148,14 +147,14 @@ def _run(settings: ServerSettings, specs: list[ModelSpec]) -> int:
             f"set {API_KEY_VARIABLE}",
             file=sys.stderr,
         )
+    allow_connections(settings.max_connections)
     listener = listen(settings)
 
     async def main() -> bool:
         registry = Registry(specs, CheckpointLoader(), idle_unload_s=settings.idle_unload_s, drain_s=settings.drain_s)
-        app = create_app(registry, settings)
         names = ", ".join(registry.names)
         await serve(
-            protected(app, settings, app.state.metrics),
+            assemble(registry, settings),
             registry,
             settings,
             listener,

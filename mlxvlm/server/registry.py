@@ -41,6 +41,15 @@ class ModelSpec:
     limits: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What a request holds. `tools`: how the model writes tool calls, None where it has no format of its own."""
+
+    name: str
+    engine: Engine
+    tools: Any = None
+
+
 class Loader(Protocol):
     """How models are loaded; all of it is called in threads and raises MlxvlmError."""
 
@@ -104,6 +113,7 @@ class Registry:
         self._changes: set[asyncio.Task[None]] = set()
         self._reaper: asyncio.Task[None] | None = None
         self._closed = False
+        self._created = int(time.time())
         self.is_ready = False  # whether the first load has succeeded
         self.is_stuck = False  # after close(): a load did not end in time
 
@@ -151,9 +161,22 @@ class Registry:
                 return {"active": report.active_bytes, "peak": report.peak_bytes, "cached": report.cached_bytes}
         return {}
 
+    def cards(self) -> list[Any]:
+        """The models as GET /v1/models shows them."""
+        from mlxvlm.api.answers import ModelCard  # type: ignore[import-not-found]  # written beside this
+
+        return [
+            ModelCard(
+                id=slot.spec.name,
+                created=self._created,
+                status=slot.status if slot.status in ("loaded", "loading") else "unloaded",
+            )
+            for slot in self._slots
+        ]
+
     @asynccontextmanager
-    async def acquire(self, name: str = DEFAULT) -> AsyncIterator[Engine]:
-        """A model's engine, loaded if need be, and not unloaded inside the block unless someone insists.
+    async def acquire(self, name: str | None = None) -> AsyncIterator[LoadedModel]:
+        """A model, loaded if need be, and not unloaded inside the block unless someone insists. None: the first.
 
         Raises UnknownModelError, the loader's errors, OverloadedError, EngineClosedError.
         """
@@ -167,13 +190,13 @@ class Registry:
             self._tell()
         slot.holders += 1  # no await since it was looked at
         try:
-            yield engine
+            yield LoadedModel(slot.spec.name, engine)
         finally:
             slot.holders -= 1
             slot.last_used = self._clock()
             self._tell()
 
-    async def load(self, name: str = DEFAULT) -> None:
+    async def load(self, name: str | None = None) -> None:
         """Returns when the model is loaded. Raises as acquire()."""
         async with self.acquire(name):
             pass
@@ -222,11 +245,11 @@ class Registry:
         await asyncio.gather(*(asyncio.to_thread(engine.close, self._drain_s) for engine in engines))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _slot(self, name: str) -> _Slot:
-        slot = self._by_name.get(name)
+    def _slot(self, name: str | None) -> _Slot:
+        slot = self._by_name.get(DEFAULT if name is None else name)
         if slot is None:
             raise UnknownModelError(
-                f"there is no model {name[:_SHOWN_CHARS]!r} here: this server has {', '.join(self._by_name)}"
+                f"there is no model {str(name)[:_SHOWN_CHARS]!r} here: this server has {', '.join(self._by_name)}"
             )
         return slot
 

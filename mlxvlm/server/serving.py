@@ -6,11 +6,12 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -20,24 +21,27 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxvlm.errors import EngineClosedError, UsageError
-from mlxvlm.server.guard import Guard
-from mlxvlm.server.metrics import Metrics, RequestMetrics
 from mlxvlm.server.registry import Registry
-from mlxvlm.server.request_log import RequestLog
 from mlxvlm.server.settings import ServerSettings
 
 _BACKLOG = 128  # connections that wait to be accepted; macOS takes no more
 _KEEP_ALIVE_S = 30  # clients keep a connection for their next request
 # A whole request head; the rest of a body that is already answered; a full buffer to the client.
 _LIMITS_S = {"head": 15.0, "rest": 15.0, "write": 60.0}
+_OTHER_FILES = 256  # weights, pictures, connections of our own
 _MAX_HEAD_BYTES = 32 << 10
 _INTERRUPTED = 130
 _log = logging.getLogger("mlxvlm.server")
 
 
-def protected(app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> ASGIApp:
-    """The app behind its log, its counters and its guard, from the outside in."""
-    return RequestLog(RequestMetrics(Guard(app, settings), metrics))
+def allow_connections(count: int) -> None:
+    """Room for so many sockets: macOS gives a program 256 open files unless it asks for more."""
+    wanted = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):  # then there are fewer connections
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(settings: ServerSettings) -> socket.socket:
