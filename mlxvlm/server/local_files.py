@@ -56,11 +56,14 @@ def _open_without_links(root: Path, inside: Path) -> int:
 
 
 def _read(descriptor: int, name: str, limits: ImageLimits) -> bytes:
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         # Devices and pipes may have no end.
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError("it is no file")
-        data = file.read(limits.max_bytes + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(limits.max_bytes + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > limits.max_bytes:
         raise too_large(name, limits)
     return data
