@@ -78,9 +78,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("who may connect (docs/server-security.md)")
-    group.add_argument(
-        "-p", "--port", type=int, default=1234, metavar="N", help="default: %(default)s; 0: any free one"
-    )
+    group.add_argument("-p", "--port", type=int, metavar="N", help="default: 1234; 0: any free one")
     group.add_argument("--host", help="address to listen on (default: 127.0.0.1, for this machine only)")
     group.add_argument(
         "--api-key", metavar="KEY", help=f"what clients must send; better in the variable {API_KEY_VARIABLE}"
