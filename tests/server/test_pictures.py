@@ -214,6 +214,18 @@ def test_a_folder_that_becomes_a_link_after_it_was_resolved(root: Path, monkeypa
     assert "no such image" in refusal("deep/b.png", ServerSettings(image_root=root))
 
 
+def test_a_file_that_becomes_a_link_after_it_was_resolved(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = local_files._open_without_links
+
+    def swap(folder: Path, inside: Path) -> int:
+        (root / "a.png").unlink()
+        (root / "a.png").symlink_to(root.parent / "secret.png")
+        return genuine(folder, inside)
+
+    monkeypatch.setattr(local_files, "_open_without_links", swap)
+    assert "no such image" in refusal("a.png", ServerSettings(image_root=root))
+
+
 def test_no_descriptor_is_left(root: Path) -> None:
     before = len(os.listdir("/dev/fd"))
     assert local_files.read_under(root, Path("deep/b.png"), LIMITS) == PNG

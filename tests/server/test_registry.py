@@ -1,18 +1,12 @@
-"""When models are loaded and unloaded, with loads that take long, fail, or hang."""
+"""When models are loaded and unloaded."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from typing import Any
 
 import pytest
 
-from mlxvlm.engine.engine import Engine
 from mlxvlm.errors import (
     EngineClosedError,
     ModelError,
@@ -20,85 +14,9 @@ from mlxvlm.errors import (
     UnknownModelError,
     UsageError,
 )
-from mlxvlm.server.registry import ModelSpec, Progress, Registry
-from tests.fakes import answer, ask, fake_engine
-
-Step = Callable[[], Awaitable[None]]
-
-
-class FakeLoader:
-    """Fake engines, at most `room` of them; `faults` are raised by the next loads, a None lets one pass."""
-
-    def __init__(self, room: int = 9, faults: tuple[Exception | None, ...] = ()) -> None:
-        self.room, self.faults = room, list(faults)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Event()
-        self.loaded: list[str] = []
-        self.recipes: list[Any] = []
-        self.engines: list[Engine] = []
-        self.at_once = self.most_at_once = 0
-
-    def check(self, spec: ModelSpec) -> None:
-        if spec.options.isq == "nonsense":
-            raise UsageError("no such type")
-
-    @property
-    def alive(self) -> int:
-        return sum(not engine._refusing for engine in self.engines)
-
-    def fits(self, spec: ModelSpec) -> bool:
-        return self.alive < self.room
-
-    def load(self, spec: ModelSpec, progress: Progress) -> Engine:
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        try:
-            self.entered.set()
-            while not self.gate.wait(0.005):
-                progress(1, 2)
-            fault = self.faults.pop(0) if self.faults else None
-            if fault is not None:
-                raise fault
-            self.loaded.append(spec.name)
-            self.recipes.append(spec.options.isq)
-            assert self.alive < self.room or self.room == 9
-            self.engines.append(fake_engine())
-            return self.engines[-1]
-        finally:
-            self.at_once -= 1
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    yield
-    names = [thread.name for thread in threading.enumerate()]
-    assert "mlxvlm-engine" not in names
-
-
-def run(work: Callable[[Registry], Awaitable[Any]], loader: FakeLoader, names: str = "ab", **settings: Any) -> Any:
-    """Runs `work` with a registry of models called by letters, and closes it."""
-
-    async def main() -> Any:
-        registry = Registry([ModelSpec(name, name) for name in names], loader, **settings)
-        registry.start()
-        try:
-            async with asyncio.timeout(30):
-                return await work(registry)
-        finally:
-            loader.gate.set()
-            await registry.close()
-
-    return asyncio.run(main())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
-def states(registry: Registry) -> dict[str, str]:
-    return {each["id"]: each["status"] for each in registry.status()}
+from mlxvlm.server.registry import ModelSpec, Registry
+from tests.fakes import answer, ask
+from tests.server.loaders import FakeLoader, run, states, until
 
 
 def test_loaded_on_demand_and_once() -> None:
@@ -342,64 +260,6 @@ def test_a_client_that_leaves_a_change_half_way() -> None:
     assert loader.recipes == [None, "4"]
 
 
-def test_closing_ends_a_load() -> None:
-    loader = FakeLoader()
-    loader.gate.clear()
-
-    async def main() -> None:
-        registry = Registry([ModelSpec("a", "a")], loader)
-        task = asyncio.create_task(registry.load())
-        await until(loader.entered.is_set)
-        await registry.close()
-        with pytest.raises(EngineClosedError):
-            await task
-        with pytest.raises(EngineClosedError):
-            await registry.load()
-        assert not registry.is_stuck
-
-    asyncio.run(main())
-    assert loader.loaded == []
-
-
-def test_closing_does_not_wait_for_a_load_that_hangs() -> None:
-    hanging = threading.Event()
-
-    class Hanging(FakeLoader):
-        def load(self, spec: ModelSpec, progress: Progress) -> Engine:
-            self.entered.set()
-            assert hanging.wait(20)
-            raise ModelError("late")
-
-    loader = Hanging()
-
-    async def main() -> None:
-        registry = Registry([ModelSpec("a", "a")], loader, drain_s=0.05)
-        task = asyncio.create_task(registry.load())
-        await until(loader.entered.is_set)
-        begun = time.monotonic()
-        await registry.close()
-        assert time.monotonic() - begun < 10
-        assert registry.is_stuck
-        hanging.set()
-        with pytest.raises(ModelError):
-            await task
-
-    asyncio.run(main())
-
-
-def test_closing_gives_requests_time() -> None:
-    loader = FakeLoader()
-
-    async def main() -> None:
-        registry = Registry([ModelSpec("a", "a")], loader)
-        async with registry.acquire() as held:
-            stream = held.engine.submit(ask([1, 2], 50))
-            await registry.close()
-        assert list((await asyncio.to_thread(stream.result)).token_ids) == answer([1, 2], 50)
-
-    asyncio.run(main())
-
-
 def test_names() -> None:
     specs = [ModelSpec("org/first", "x", ("gpt",)), ModelSpec("second", "y")]
 
@@ -426,42 +286,3 @@ def test_names() -> None:
             await each.close()
 
     asyncio.run(work())
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_races(seed: int) -> None:
-    """Requests, unloads, new recipes and faults in any order: every answer is right, and nothing is left."""
-    chance = random.Random(seed)
-    faults = tuple(chance.choice([None, None, ModelError("fault")]) for _ in range(20))
-    loader = FakeLoader(room=2, faults=faults)
-
-    async def client(registry: Registry, number: int) -> int:
-        await asyncio.sleep(chance.random() / 20)
-        name = chance.choice("abc")
-        if number % 7 == 0:
-            await registry.unload(name)
-        elif number % 11 == 0:
-            await registry.re_isq(name, chance.choice(["4", "8"]))
-        else:
-            async with registry.acquire(name) as held:
-                assert held.name == name
-                await asyncio.sleep(chance.random() / 100)
-                completion = await asyncio.to_thread(held.engine.generate, ask([number % 50], 5))
-                assert list(completion.token_ids) == answer([number % 50], 5)
-                return 1
-        return 0
-
-    async def work(registry: Registry) -> None:
-        tasks = [asyncio.create_task(client(registry, number)) for number in range(60)]
-        for task in chance.sample(tasks, 6):
-            asyncio.get_running_loop().call_later(chance.random() / 10, task.cancel)
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        strange = [each for each in found if not isinstance(each, int | ModelError | asyncio.CancelledError)]
-        assert strange == []
-        assert sum(each for each in found if isinstance(each, int)) > 10
-        slots = registry._slots
-        assert [(slot.holders, slot.waiting, slot.leaving) for slot in slots] == [(0, 0, False)] * 3
-        assert loader.alive <= 2
-
-    run(work, loader, "abc", idle_unload_s=0.01, room_wait_s=20)
-    assert loader.alive == 0

@@ -21,8 +21,8 @@ from mlxvlm.server.assembly import assemble
 from mlxvlm.server.registry import ModelSpec, Progress, Registry
 from mlxvlm.server.settings import ServerSettings
 from tests.fakes import eventually
+from tests.server.loaders import FakeLoader
 from tests.server.stub_app import install
-from tests.server.test_registry import FakeLoader
 
 SETTINGS = ServerSettings(port=0, max_body_bytes=1 << 20, body_timeout_s=0.3, drain_s=5)
 JSON = {"Content-Type": "application/json"}
