@@ -14,6 +14,8 @@ from starlette.routing import Route
 
 from mlxvlm.errors import MlxvlmError
 
+NAME = "mlxvlm.server.app"
+
 
 def create_app(registry: Any, *, read_json: Any, fetch_picture: Any, routes: Any = ()) -> Starlette:
     async def health(request: Request) -> Response:
@@ -59,15 +61,15 @@ def create_app(registry: Any, *, read_json: Any, fetch_picture: Any, routes: Any
     return Starlette(routes=[*own, *routes], exception_handlers={MlxvlmError: failed})
 
 
-def install() -> None:
-    """The application module is this one from now on."""
-    module: Any = types.ModuleType("mlxvlm.server.app")
+def stub_module() -> types.ModuleType:
+    """What stands for mlxvlm.server.app."""
+    module: Any = types.ModuleType(NAME)
     module.create_app = create_app
-    sys.modules["mlxvlm.server.app"] = module
+    return module
 
 
 if __name__ == "__main__":
     from mlxvlm.cli import main
 
-    install()
+    sys.modules[NAME] = stub_module()
     sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,8 @@ from mlxvlm.server.registry import ModelSpec, Registry
 from tests.fakes import answer, ask
 from tests.server.loaders import FakeLoader, run, states, until
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
 
 def test_loaded_on_demand_and_once() -> None:
     loader = FakeLoader()

@@ -18,6 +18,8 @@ from mlxvlm.server.registry import ModelSpec, Progress, Registry
 from tests.fakes import answer, ask
 from tests.server.loaders import FakeLoader, run, until
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
 
 def test_closing_ends_a_load() -> None:
     loader = FakeLoader()

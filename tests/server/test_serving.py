@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ from mlxvlm.server.assembly import assemble
 from mlxvlm.server.registry import ModelSpec, Progress, Registry
 from mlxvlm.server.settings import ServerSettings
 from tests.fakes import eventually
+from tests.server import stub_app
 from tests.server.loaders import FakeLoader
-from tests.server.stub_app import install
 
 SETTINGS = ServerSettings(port=0, max_body_bytes=1 << 20, body_timeout_s=0.3, drain_s=5)
 JSON = {"Content-Type": "application/json"}
@@ -92,8 +93,8 @@ class Running:
 
 
 @pytest.fixture(autouse=True)
-def stub() -> None:
-    install()
+def stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, stub_app.NAME, stub_app.stub_module())
 
 
 @pytest.fixture
