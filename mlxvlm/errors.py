@@ -63,6 +63,29 @@ class MemoryBudgetError(InputError):
     """The request needs more memory than the engine may use, whatever else runs."""
 
 
+class BodyError(InputError):
+    """A request's body is no JSON that can be taken."""
+
+
+class BodyTooLargeError(BodyError):
+    """A request's body has more bytes than the server takes."""
+
+    http_status = 413
+
+
+class BodyTimeoutError(BodyError):
+    """A request's body took too long to arrive."""
+
+    http_status = 408
+
+
+class UnknownModelError(InputError):
+    """The server serves no model of that name."""
+
+    http_status = 404
+    code = "model_not_found"  # as OpenAI says it
+
+
 class ModelError(MlxvlmError):
     """The model can't be loaded."""
 

@@ -37,15 +37,19 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         {"api", "agent", "engine.params", "engine.request", "messages", "errors"},
         {"pydantic", "pydantic_core"},
     ),
-    "server": (
-        {"server", "api", "agent", "engine", "messages", "errors"},
-        {"starlette", "pydantic"},
-    ),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
+    "server": (
+        {
+            *("server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
+            *("processors.sources", "api", "agent", "messages", "errors"),
+        },
+        {"starlette", "uvicorn", "h11", "httpx2", "prometheus_client", "pydantic"},
+    ),
     "cli": (
         {
             "",
             "cli",
+            "server",
             "runner",
             "checkpoint.load",
             "checkpoint.build",

@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 REQUANTIZE = "8@32"  # of checkpoint.load, whose import would slow down --help
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """-m, --mmproj, --from-uqff, --requantize, --revision, --dtype, --chat-template."""
+def add_model_options(parser: argparse.ArgumentParser, many: bool = False) -> None:
+    """-m, --mmproj, --from-uqff, --requantize, --revision, --dtype, --chat-template.
+
+    many: -m may be given several times or not at all, and None stands for what is not given.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
         "--model",
-        required=True,
-        metavar="MODEL",
-        help="`demo` (ships with the package), a local folder, a GGUF file, or a Hugging Face repository id",
+        action="append" if many else "store",
+        required=not many,
+        metavar="[NAME=]MODEL" if many else "MODEL",
+        help="`demo` (ships with the package), a local folder, a GGUF file, or a Hugging Face repository id"
+        + ("; repeatable" if many else ""),
     )
     group.add_argument("--mmproj", type=Path, metavar="FILE", help="the GGUF file of a GGUF model's picture half")
     group.add_argument(
@@ -32,14 +37,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--requantize",
-        default=REQUANTIZE,
+        default=None if many else REQUANTIZE,
         metavar="TYPE",
-        help="what GGUF and UQFF tensors become that MLX can't hold as they are (default: %(default)s; none: 16 bits)",
+        help="what GGUF and UQFF tensors become that MLX can't hold as they are "
+        f"(default: {REQUANTIZE}; none: 16 bits)",
     )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
     group.add_argument(
         "--dtype",
-        default="auto",
+        default=None if many else "auto",
         choices=("auto", "bfloat16", "float16", "float32"),
         help="number format of the weights (default: auto, the checkpoint's own on a GPU, float32 on a CPU)",
     )

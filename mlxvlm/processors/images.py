@@ -6,27 +6,32 @@ high byte, floats up to 1 are scaled to 255, an animation gives its first frame.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
-import re
 import struct
-import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlparse
-from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlxvlm.errors import ImageError
+from mlxvlm.processors.sources import (
+    DEFAULT_LIMITS,
+    MAX_PATH_CHARS,
+    ImageLimits,
+    decode_base64,
+    decode_data_url,
+    fetch,
+    file_url_path,
+    reason,
+    short,
+    too_large,
+)
 
 # Sizes are checked here against ImageLimits, from the header alone; Pillow's own warning would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -50,21 +55,7 @@ _DECODE_ERRORS = (
 )
 # Pillow reads many more, among them EPS, which it gives to Ghostscript to run.
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO")
-MAX_PATH_CHARS = 255  # longer texts that name no file are taken for base64: file systems' own limit of a name
 _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What a picture may cost before it is refused."""
-
-    max_bytes: int = 64 << 20
-    max_pixels: int = 178_000_000  # Pillow refuses more; decoded to RGB this is half a GB
-    timeout_s: float = 30.0
-    max_redirects: int = 3
-
-
-DEFAULT_LIMITS = ImageLimits()
 
 
 def load_image(source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -93,7 +84,7 @@ def decode_image(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -
     if not data:
         raise ImageError(f"{name} is empty")
     if len(data) > limits.max_bytes:
-        raise _too_large(name, limits)
+        raise too_large(name, limits)
     formats = ("HEIF", *_FORMATS) if _register_heic(data, name) else _FORMATS
     with _decoding(name, limits), Image.open(io.BytesIO(data), formats=formats) as image:
         _check_pixels(image, name, limits)
@@ -121,7 +112,7 @@ def _decoding(name: str, limits: ImageLimits) -> Iterator[None]:
     except MemoryError as error:
         raise ImageError(f"{name} does not fit into memory") from error
     except _DECODE_ERRORS as error:
-        raise ImageError(f"{name} is damaged or truncated: {_reason(error)}") from error
+        raise ImageError(f"{name} is damaged or truncated: {reason(error)}") from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -183,11 +174,11 @@ def _from_text(source: str, limits: ImageLimits) -> Image.Image:
         raise ImageError("the image's source is an empty text")
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://")):
-        return decode_image(_fetch(source, limits), _short(source), limits)
+        return decode_image(fetch(source, limits), short(source), limits)
     if scheme.startswith("data:"):
-        return decode_image(_data_url(source, limits), "the data: URL", limits)
+        return decode_image(decode_data_url(source, limits), "the data: URL", limits)
     if scheme.startswith("file://"):
-        return _from_path(_file_url_path(source), source, limits)
+        return _from_path(file_url_path(source), source, limits)
     path = Path(source)
     try:
         path = path.expanduser()
@@ -196,25 +187,18 @@ def _from_text(source: str, limits: ImageLimits) -> Image.Image:
         is_file = False
     if is_file:
         return _from_path(path, source, limits)
-    data = _base64(source, limits)
+    data = decode_base64(source, limits)
     if data is None:
         if len(source) > MAX_PATH_CHARS:
-            raise ImageError(f"the base64 text is not valid base64 (and no file has that name): {_short(source, 60)}")
-        raise ImageError(f"no such image file: {_short(source)}")
+            raise ImageError(f"the base64 text is not valid base64 (and no file has that name): {short(source, 60)}")
+        raise ImageError(f"no such image file: {short(source)}")
     # "photos/cat" is base64 as well as a path.
-    name = "the base64 text" if len(source) > MAX_PATH_CHARS else f"{_short(source)} (no such file, so read as base64)"
+    name = "the base64 text" if len(source) > MAX_PATH_CHARS else f"{short(source)} (no such file, so read as base64)"
     return decode_image(data, name, limits)
 
 
-def _file_url_path(url: str) -> Path:
-    try:
-        return Path(url2pathname(urlparse(url).path))  # url2pathname also decodes %20
-    except ValueError as error:
-        raise ImageError(f"{_short(url)} is not a valid file URL: {_reason(error)}") from error
-
-
 def _from_path(path: Path, name: str, limits: ImageLimits) -> Image.Image:
-    name = _short(name)
+    name = short(name)
     try:
         if path.is_dir():
             raise ImageError(f"{name} is a folder, not an image")
@@ -223,69 +207,8 @@ def _from_path(path: Path, name: str, limits: ImageLimits) -> Image.Image:
     except FileNotFoundError as error:
         raise ImageError(f"no such image file: {name}") from error
     except (OSError, ValueError) as error:
-        raise ImageError(f"{name} can't be read: {_reason(error)}") from error
+        raise ImageError(f"{name} can't be read: {reason(error)}") from error
     return decode_image(data, name, limits)
-
-
-def _data_url(source: str, limits: ImageLimits) -> bytes:
-    header, comma, payload = source.partition(",")
-    if not comma:
-        raise ImageError("the data: URL has no comma, so no data")
-    if not header.lower().rstrip().endswith(";base64"):
-        return unquote_to_bytes(payload.encode(errors="replace"))
-    data = _base64(unquote(payload), limits)
-    if data is None:
-        raise ImageError("the data: URL is not valid base64")
-    return data
-
-
-def _base64(text: str, limits: ImageLimits) -> bytes | None:
-    """Decoded bytes, None for text that is not base64. Line breaks and the URL-safe alphabet are accepted."""
-    if len(text) > limits.max_bytes * 4 // 3 + 4:
-        raise _too_large("the base64 text", limits)
-    compact = re.sub(r"\s+", "", text).translate(str.maketrans("-_", "+/"))
-    if not compact:
-        return None
-    try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        return None
-
-
-def _fetch(url: str, limits: ImageLimits) -> bytes:
-    """The body of an http(s) URL, within the limits of bytes, redirects and total time."""
-    import httpx2  # costs 0.1 s, and most pictures are files
-
-    deadline = time.monotonic() + limits.timeout_s
-    name = _short(url)
-    data = bytearray()
-    try:
-        with httpx2.Client(timeout=limits.timeout_s) as client:
-            # Some hosts (Wikimedia among them) refuse a client that gives no name.
-            request = client.build_request("GET", url, headers={"User-Agent": "mlxvlm (image fetch)"})
-            # Redirects by hand: the client would read the body of each, however long.
-            for _ in range(limits.max_redirects + 1):
-                with closing(client.send(request, stream=True)) as response:
-                    if response.next_request is not None:
-                        request = response.next_request
-                        _check_deadline(deadline, name, limits)
-                        continue
-                    if response.status_code >= 300:
-                        raise ImageError(f"{name} can't be fetched: HTTP {response.status_code}")
-                    for chunk in response.iter_bytes():  # as it comes: a set size would wait until it is full
-                        data += chunk
-                        if len(data) > limits.max_bytes:
-                            raise _too_large(name, limits)
-                        _check_deadline(deadline, name, limits)
-                    return bytes(data)
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-        raise ImageError(f"{name} can't be fetched: {_reason(error)}") from error
-    raise ImageError(f"{name} can't be fetched: more than {limits.max_redirects} redirects")
-
-
-def _check_deadline(deadline: float, name: str, limits: ImageLimits) -> None:
-    if time.monotonic() > deadline:
-        raise ImageError(f"{name} took longer than {limits.timeout_s:g} s")
 
 
 def _register_heic(data: bytes, name: str) -> bool:
@@ -299,19 +222,3 @@ def _register_heic(data: bytes, name: str) -> bool:
         raise ImageError(f"{name} is a HEIC picture: pip install 'mlxvlm[heic]', or save it as JPEG") from error
     register_heif_opener()
     return True
-
-
-def _too_large(name: str, limits: ImageLimits) -> ImageError:
-    return ImageError(f"{name} is larger than the limit of {limits.max_bytes / (1 << 20):g} MiB")
-
-
-def _reason(error: Exception) -> str:
-    """An error's own words on one line, without a file name that the line already has."""
-    words = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return _short(" ".join(words.split()))
-
-
-def _short(text: str, limit: int = 120) -> str:
-    """A source for an error line: control characters escaped, the middle of a long one left out."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: 2 * limit])
-    return text if len(text) <= limit else f"{text[: limit - 20]}...{text[-12:]}"

@@ -1,0 +1,39 @@
+"""Models from checkpoints for the registry. Knows memory's sizes and how to open a model, not who asks."""
+
+from __future__ import annotations
+
+from mlxvlm.checkpoint.load import open_model
+from mlxvlm.engine.engine import Engine
+from mlxvlm.errors import ModelError
+from mlxvlm.runner import start
+from mlxvlm.server.registry import ModelSpec, Progress
+
+_ROOM_FOR_ROWS = 1.2  # times the weights: keys, values and what is computed with
+
+
+class CheckpointLoader:
+    """A Loader; MLX is first imported in its threads."""
+
+    def check(self, spec: ModelSpec) -> None:
+        from mlxvlm.checkpoint.build import recipe_of
+
+        recipe_of(spec.options)
+
+    def fits(self, spec: ModelSpec) -> bool:
+        """False also where the size can't be told: then the model gets the memory for itself."""
+        from mlxvlm.checkpoint.build import recipe_of
+        from mlxvlm.checkpoint.estimate import memory_need
+        from mlxvlm.engine import device
+
+        budget = spec.limits.get("max_memory_bytes") or device.default_budget()
+        try:
+            revision = spec.source.get("revision")
+            need = memory_need(spec.model, revision, spec.options.dtype, recipe_of(spec.options))
+        except ModelError:
+            return False
+        room = budget - device.memory().active_bytes
+        return max(need.weights_bytes * _ROOM_FOR_ROWS, need.loading_bytes) <= room
+
+    def load(self, spec: ModelSpec, progress: Progress) -> Engine:
+        source = open_model(spec.model, **spec.source)
+        return start(source, spec.options, progress, **spec.limits)

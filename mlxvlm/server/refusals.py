@@ -1,0 +1,26 @@
+"""Answers that are given before an endpoint is reached, in the shape of OpenAI's errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from starlette.types import Send
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> bytes:
+    """OpenAI's error object. Source: https://platform.openai.com/docs/guides/error-codes"""
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+
+
+async def send_error(send: Send, status: int, message: str, code: str | None = None, headers: Headers = ()) -> None:
+    """A whole answer. A body that may still come is left to the connection, which has a time limit for it."""
+    body = error_body(message, code=code)
+    fixed = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    await send({"type": "http.response.body", "body": body})

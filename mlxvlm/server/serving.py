@@ -1,0 +1,205 @@
+"""A socket, uvicorn, and an orderly end. Knows signals and connections, not endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mlxvlm.errors import EngineClosedError, UsageError
+from mlxvlm.server.registry import Registry
+from mlxvlm.server.settings import ServerSettings
+
+_BACKLOG = 128  # connections that wait to be accepted; macOS takes no more
+_KEEP_ALIVE_S = 30  # clients keep a connection for their next request
+# A whole request head; the rest of a body that is already answered; a full buffer to the client.
+_LIMITS_S = {"head": 15.0, "rest": 15.0, "write": 60.0}
+_OTHER_FILES = 256  # weights, pictures, connections of our own
+_MAX_HEAD_BYTES = 32 << 10
+_INTERRUPTED = 130
+_log = logging.getLogger("mlxvlm.server")
+
+
+def allow_connections(count: int) -> None:
+    """Room for so many sockets: macOS gives a program 256 open files unless it asks for more."""
+    wanted = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):  # then there are fewer connections
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """A listening socket. Raises UsageError where the port is taken or the host is not this machine's."""
+    host, port = settings.host, settings.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"port {port} is in use: choose another with --port (0: any free one)") from error
+        raise UsageError(f"can't listen on {host} port {port}: {error.strerror or error}") from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a program on this machine finds the server."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(
+    app: ASGIApp,
+    registry: Registry,
+    settings: ServerSettings,
+    listener: socket.socket,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Answers until SIGINT, SIGTERM, or the first model can't be loaded, whose error it raises.
+
+    The socket answers at once (/health: 503); `on_ready` is called when the first model is loaded.
+    """
+    server = _Server(_config(app, settings), registry.refuse)
+    registry.start()
+    serving = asyncio.create_task(server.serve([listener]))
+    loading = asyncio.create_task(registry.load())
+    try:
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():  # a signal came first
+            loading.cancel()
+        elif not server.should_exit and loading.exception() is None:
+            on_ready()
+        else:
+            server.should_exit = True
+        await serving
+    finally:
+        server.should_exit = True
+        await registry.close()
+        await asyncio.wait({serving, loading})
+    error = None if loading.cancelled() else loading.exception()
+    if error is not None and not isinstance(error, EngineClosedError):
+        raise error
+
+
+def _config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+    # Nothing is looked for: which parser or loop happens to be installed must not change what is accepted.
+    return uvicorn.Config(
+        app,
+        http=_Connection,
+        loop="asyncio",
+        ws="none",
+        lifespan="auto",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # anybody can send them
+        server_header=False,
+        backlog=_BACKLOG,
+        limit_concurrency=settings.max_connections,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=settings.drain_s,  # type: ignore[arg-type]  # it goes to wait_for as it is
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+    )
+
+
+class _Server(uvicorn.Server):
+    """A first signal ends the server in order, a second one at once; neither is raised again."""
+
+    def __init__(self, config: uvicorn.Config, on_shutdown: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.on_shutdown = on_shutdown
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.on_shutdown()
+        await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(_INTERRUPTED)  # whatever hangs, does not hang this
+        self.should_exit = True
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection with the time limits that it lacks.
+
+    For a whole head from its first byte; for the rest of a body that was answered before its end, which is read so that
+    the client gets to see the answer; and for a client that does not read what it asked for.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+    _timed: str | None = None  # what the timer is for
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is not h11.IDLE:  # uvicorn's own timer runs between requests
+            self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._start(None)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start("write")
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._start(None)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._timed == "write":
+            return
+        if self.conn.their_state is h11.IDLE:
+            self._start("head")
+        elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
+            self._start("rest")
+        else:
+            self._start(None)
+
+    def _start(self, what: str | None) -> None:
+        """A timer that runs for the same thing goes on: drops of data don't prolong it."""
+        if what == self._timed:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timed = what
+        self._timer = None if what is None else self.loop.call_later(_LIMITS_S[what], self._give_up)
+
+    def _give_up(self) -> None:
+        _log.info("a connection took longer than %g s (%s) and is closed", _LIMITS_S[self._timed or ""], self._timed)
+        self.transport.abort()
