@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mlxvlm.cli.interrupts import on_interrupt
 from mlxvlm.cli.options import (
     add_image_options,
     add_model_options,
@@ -22,6 +21,7 @@ from mlxvlm.cli.options import (
     open_source,
     sampling_params,
 )
+from mlxvlm.cli.printable import printable
 from mlxvlm.cli.progress import byte_bar
 from mlxvlm.errors import InputError, UsageError
 
@@ -120,7 +120,7 @@ def _print_stream(args: argparse.Namespace, engine: Engine, request: Request, pr
     is_terminal = sys.stdout.isatty()
 
     def show(text: str) -> None:
-        sys.stdout.write(_printable(text) if is_terminal else text)
+        sys.stdout.write(printable(text) if is_terminal else text)
         sys.stdout.flush()
 
     completion, code = _consume(engine.submit(request), show)
@@ -146,29 +146,12 @@ def _consume(stream: Stream, show: Callable[[str], None]) -> tuple[Completion, i
     from mlxvlm.engine.stream import collect
 
     deltas: list[Delta] = []
-    with _first_interrupt(stream.cancel) as interrupted:
+    with on_interrupt(stream.cancel) as interrupted:
         for delta in stream:
             deltas.append(delta)
             if delta.text:
                 show(delta.text)
     return collect(deltas), _INTERRUPTED if interrupted else 0
-
-
-@contextmanager
-def _first_interrupt(action: Callable[[], None]) -> Iterator[list[int]]:
-    """Runs an action in place of the first Ctrl-C, so that no exception tears a piece of the answer apart."""
-    seen: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, previous)
-        seen.append(number)
-        action()
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _as_json(model: str, completion: Completion, peak_bytes: int, prepare_s: float) -> dict[str, Any]:
@@ -186,8 +169,3 @@ def _as_json(model: str, completion: Completion, peak_bytes: int, prepare_s: flo
         "total_s": round(prepare_s + usage.total_s, 4),
         "peak_memory_bytes": peak_bytes,
     }
-
-
-def _printable(text: str) -> str:
-    """A model's text must not drive the terminal: no escape sequences."""
-    return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else "�" for c in text)
