@@ -25,8 +25,8 @@ _INTERVAL_S = 1 / 20  # between two drawings
 _SHARE = 5  # drawing takes a fifth of the time at most, however long a block is
 _CODE_THEME = "ansi_dark"  # the terminal's own colours, on its own background
 _MORE = "..."
-# HTML is shown as text, not dropped.
-_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+# HTML is shown as text, not dropped; a picture's address is shown, as a link's is.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("image")
 
 
 class MarkdownView:
@@ -128,6 +128,11 @@ def _control(codes: str) -> Segment:
 def _trimmed(line: Line) -> Line:
     """Without the spaces at its end, which a narrower terminal would break into rows of their own."""
     line = list(line)
-    while line and not line[-1].text.strip() and not (line[-1].style and line[-1].style.bgcolor):
+    while line and not line[-1].text.strip() and not _is_coloured(line[-1]):
         line.pop()
     return line
+
+
+def _is_coloured(segment: Segment) -> bool:
+    background = segment.style.bgcolor if segment.style else None
+    return background is not None and not background.is_default

@@ -13,6 +13,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output.plain_text import PlainTextOutput
 from rich.console import Console
 from rich.status import Status
 
@@ -44,6 +45,7 @@ class Terminal:
             multiline=True,
             prompt_continuation="  ",
             reserve_space_for_menu=5,
+            output=PlainTextOutput(sys.stdout) if self._console.is_dumb_terminal else None,
         )
 
     def run(self) -> int:
@@ -55,7 +57,7 @@ class Terminal:
             preview.show(self._console, picture)
         with suppress(EOFError):
             while True:
-                hint = None if session.turns else FormattedText([("fg:ansibrightblack", _PLACEHOLDER)])
+                hint = FormattedText([("fg:ansibrightblack", "" if session.turns else _PLACEHOLDER)])
                 line = self._editor.prompt(self._prompt, default=draft, placeholder=hint)
                 with _unseen_keys():
                     draft = self._handle(line)
