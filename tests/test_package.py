@@ -25,7 +25,9 @@ def test_the_package_alone_is_light() -> None:
     assert not modules_after("import mlxvlm") & set(HEAVY)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["doctor", "--help"], ["chat", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["run", "--help"], ["doctor", "--help"], ["chat", "--help"], ["--version"]]
+)
 def test_help_is_light(argv: list[str]) -> None:
     code = f"import mlxvlm.cli\ntry: mlxvlm.cli.main({argv!r})\nexcept SystemExit as end: assert end.code == 0"
     assert not modules_after(code) & set(HEAVY)

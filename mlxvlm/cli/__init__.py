@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from mlxvlm import __version__
-from mlxvlm.cli import chat, doctor, quantize, run
+from mlxvlm.cli import chat, doctor, models, pull, quantize, run
 from mlxvlm.errors import InternalError, MlxvlmError
 
 _INTERRUPTED = 130
@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     chat.add_parser(commands)
     quantize.add_parser(commands)
     doctor.add_parser(commands)
+    models.add_parser(commands)
+    pull.add_parser(commands)
     return root
 
 

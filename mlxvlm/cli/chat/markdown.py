@@ -130,6 +130,8 @@ def _trimmed(line: Line) -> Line:
     line = list(line)
     while line and not line[-1].text.strip() and not _is_coloured(line[-1]):
         line.pop()
+    if line and not _is_coloured(line[-1]):
+        line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
     return line
 
 
