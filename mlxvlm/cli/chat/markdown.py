@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 from markdown_it import MarkdownIt
@@ -16,7 +17,6 @@ from rich.segment import ControlType, Segment, Segments
 from mlxvlm.cli.printable import printable
 
 if TYPE_CHECKING:
-    from markdown_it.token import Token
     from rich.console import Console
 
 Line: TypeAlias = list[Segment]
@@ -44,27 +44,27 @@ class MarkdownView:
         self._text += printable(text)
         begun = time.monotonic()
         if begun >= self._due:
-            self._draw(last_block(self._text))
+            # What a line is shows at its end: "#" may become a heading, or a word of the paragraph before it.
+            *finished, _ = blocks(self._text[: self._text.rfind("\n") + 1]) or [""]
+            self._draw(finished)
             now = time.monotonic()
             self._due = now + max(_INTERVAL_S, _SHARE * (now - begun))
 
     def close(self) -> None:
         """Prints what is not finished as it is."""
-        self._draw(len(self._text))
+        self._draw(blocks(self._text))
 
-    def _draw(self, end: int) -> None:
-        """`end`: of the text that is printed for good."""
-        done, self._text = self._text[:end], self._text[end:]
-        final, growing = self._lines(done), self._lines(self._text)
+    def _draw(self, finished: list[str]) -> None:
+        """`finished`: blocks that the text begins with, to be printed for good."""
+        self._text = self._text[sum(map(len, finished)) :]
+        final = self._lines(finished)
+        growing = self._lines(blocks(self._text))
+        if not self._has_final and (final or growing):
+            (final or growing).pop(0)
+        self._has_final |= bool(final)
         room = max(self._console.height - 3, 2)
         if len(growing) > room:
             growing = [[Segment(_MORE)], *growing[1 - room :]]
-        # An empty line before each part but the first.
-        if final and self._has_final:
-            final.insert(0, [])
-        self._has_final |= bool(final)
-        if growing and self._has_final:
-            growing.insert(0, [])
         self._write(self._rows(), [*final, *growing])
         self._widths = [Segment.get_line_length(line) for line in growing]
 
@@ -82,16 +82,14 @@ class MarkdownView:
         self._console.print(Segments(segments), end="", crop=False)
         self._console.file.flush()
 
-    def _lines(self, text: str) -> list[Line]:
-        """Without the empty ones at both ends."""
-        if not text.strip():
-            return []
-        lines = self._console.render_lines(_Text(text), pad=False)
-        lines = [_trimmed(line) for line in lines]
-        while lines and not lines[0]:
-            lines.pop(0)
-        while lines and not lines[-1]:
-            lines.pop()
+    def _lines(self, parts: list[str]) -> list[Line]:
+        """Each block's behind an empty one."""
+        lines: list[Line] = []
+        for part in parts:
+            drawn = [_trimmed(line) for line in self._console.render_lines(_Text(part), pad=False)]
+            places = [place for place, line in enumerate(drawn) if line]
+            if places:
+                lines += [[], *drawn[places[0] : places[-1] + 1]]
         return lines
 
 
@@ -108,17 +106,13 @@ class _Text(Markdown):
                     child.type = "hardbreak"
 
 
-def last_block(text: str) -> int:
-    """Where the last block begins: what comes next can change no other."""
-    tops = [token for token in _PARSER.parse(text) if _is_top(token)]
-    if len(tops) < 2 or tops[-1].map is None:
-        return 0
-    lines = text.splitlines(keepends=True)
-    return sum(map(len, lines[: tops[-1].map[0]]))
-
-
-def _is_top(token: Token) -> bool:
-    return token.level == 0 and token.nesting >= 0 and token.map is not None
+def blocks(text: str) -> list[str]:
+    """The text in pieces: paragraphs, lists, tables ... What follows whole lines can change no block but the last."""
+    starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.nesting >= 0 and token.map]
+    lines = [f"{line}\n" for line in text.split("\n")]
+    lines[-1] = lines[-1][:-1]
+    bounds = [0, *starts[1:], len(lines)]
+    return ["".join(lines[begin:end]) for begin, end in pairwise(bounds)] if text else []
 
 
 def _control(codes: str) -> Segment:
