@@ -85,6 +85,11 @@ def test_whatever_the_pieces_the_end_is_the_same(places: list[int], size: tuple[
     assert streamed(cut(TEXT, places), *size) == streamed([TEXT], *size)
 
 
+@pytest.mark.parametrize("text", ["a\n#1 b\n\nc", "a\n-b\n\n* c\n*d*", "a\n1.5 b\n```c"])
+def test_a_line_is_judged_when_it_is_whole(text: str) -> None:
+    assert streamed(list(text)) == streamed([text])
+
+
 def test_what_it_looks_like() -> None:
     shown = streamed([TEXT])
     assert shown.splitlines()[0].strip() == "Title"
