@@ -12,7 +12,10 @@ import pytest
 import mlxvlm
 
 NEVER = ("torch", "torchvision", "transformers", "mlx_lm", "llguidance")  # unless asked for
-HEAVY = ("mlx", "mlx.core", "starlette", "uvicorn", "httpx2", "numpy", "PIL", "huggingface_hub", *NEVER)
+HEAVY = (
+    *("mlx", "mlx.core", "starlette", "uvicorn", "httpx2", "pydantic", "numpy", "PIL", "huggingface_hub"),
+    *("rich", "prompt_toolkit", *NEVER),
+)
 
 
 def modules_after(code: str) -> set[str]:
@@ -26,7 +29,8 @@ def test_the_package_alone_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["run", "--help"], ["doctor", "--help"], ["serve", "--help"], ["--version"]]
+    "argv",
+    [["--help"], ["run", "--help"], ["doctor", "--help"], ["chat", "--help"], ["serve", "--help"], ["--version"]],
 )
 def test_help_is_light(argv: list[str]) -> None:
     code = f"import mlxvlm.cli\ntry: mlxvlm.cli.main({argv!r})\nexcept SystemExit as end: assert end.code == 0"

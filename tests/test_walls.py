@@ -58,8 +58,11 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
             "engine",
             "messages",
             "errors",
+            # Pictures are decoded when they are attached, and shown.
+            "processors.images",
+            "checkpoint.inventory",
         },
-        {"tqdm"},
+        {"tqdm", "prompt_toolkit", "rich", "markdown_it", "PIL", "textual_image"},
     ),
     "__init__": ({"engine", "runner", "messages", "errors"}, set()),
     "__main__": ({"cli"}, set()),

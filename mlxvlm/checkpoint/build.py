@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -68,7 +69,7 @@ def build(source: ModelSource, options: LoadOptions, progress: Progress) -> Visi
         else:
             before = {name for name in model.sanitize(weights) if name.endswith(".scales")}
             _quantize(model, source.folder, weights, options, recipe, progress)
-            _keep(cache, key, model, before, progress)
+            _keep(partial(cache.store, key, of=_title(source, options)), model, before, progress)
     return model
 
 
@@ -107,7 +108,14 @@ def _quantize(
     bind(model, weights, options.dtype, progress, recipe, [TensorFile(path) for path in weight_files(folder)])
 
 
-def _keep(cache: ISQCache, key: str, model: VisionLanguageModel, before: set[str], progress: Progress) -> None:
+def _title(source: ModelSource, options: LoadOptions) -> str:
+    """How a list of the cache names a model."""
+    types = [f"--isq {options.isq}"] if options.isq is not None else []
+    types += [f"--topology {options.topology.name}"] if options.topology is not None else []
+    return " ".join([source.name, *types])
+
+
+def _keep(store: Callable[..., None], model: VisionLanguageModel, before: set[str], progress: Progress) -> None:
     """`before`: the scales that were there already; a model that has no others is no work to keep."""
     assert isinstance(model, nn.Module)
     tensors = dict(tree_flatten(model.parameters()))
@@ -120,4 +128,4 @@ def _keep(cache: ISQCache, key: str, model: VisionLanguageModel, before: set[str
             progress(total, total)  # where an interruption is noticed
             yield name, array
 
-    cache.store(key, watched(), total)
+    store(watched(), total)

@@ -29,7 +29,7 @@ from mlxvlm.errors import ModelError
 log = logging.getLogger(__name__)
 
 _FORMAT = 1  # of entries: a newer one never reads an older one's
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _LIMIT_BYTES = 100_000_000_000
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a source file's contents; its size and time say the rest
 _READ_BYTES = 1 << 23
@@ -70,11 +70,14 @@ class ISQCache:
             shutil.rmtree(entry, ignore_errors=True)
             return None
         with suppress(OSError):  # a folder that can only be read serves as well
-            (entry / _MANIFEST).touch()  # used last
+            (entry / MANIFEST).touch()  # used last
         return entry
 
-    def store(self, key: str, tensors: Iterable[tuple[str, mx.array]], nbytes: int) -> None:
-        """Keeps evaluated tensors of `nbytes` in all. A cache that can't be written costs time, nothing else."""
+    def store(self, key: str, tensors: Iterable[tuple[str, mx.array]], nbytes: int, of: str = "") -> None:
+        """Keeps evaluated tensors of `nbytes` in all; `of` tells a user of which model.
+
+        A cache that can't be written costs time, nothing else.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -88,7 +91,7 @@ class ISQCache:
                 files = {
                     name: {"bytes": (draft / name).stat().st_size, "crc32": _crc32(draft / name)} for name in names
                 }
-                write_json(draft / _MANIFEST, {"format": _FORMAT, "files": files})
+                write_json(draft / MANIFEST, {"format": _FORMAT, "of": of, "files": files})
         except (OSError, ModelError) as error:
             if not (self.folder / key).is_dir():  # else another process was faster
                 log.warning("the quantised model is not cached: %s", error)
@@ -100,7 +103,7 @@ class ISQCache:
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _make_room(self, nbytes: int) -> None:
-        entries = sorted(self.folder.glob(f"*/{_MANIFEST}"), key=lambda path: path.stat().st_mtime)
+        entries = sorted(self.folder.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
         sizes = {path.parent: sum(file.stat().st_size for file in path.parent.iterdir()) for path in entries}
         held = sum(sizes.values())
         for entry, size in sizes.items():
@@ -113,7 +116,7 @@ class ISQCache:
 def _damage(entry: Path) -> str:
     """What is wrong with an entry, "" if nothing."""
     try:
-        files = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["files"]
         sizes = {entry / name: int(fact["bytes"]) for name, fact in files.items()}
         sums = {entry / name: int(fact["crc32"]) for name, fact in files.items()}
         for path, size in sizes.items():
@@ -124,10 +127,10 @@ def _damage(entry: Path) -> str:
                 if found != sums[path]:
                     return f"{path.name} has other contents than were written"
     except OSError as error:
-        return f"{Path(error.filename or _MANIFEST).name}: {error.strerror}"
+        return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        return f"{_MANIFEST} makes no sense"
-    return "" if sizes else f"{_MANIFEST} names no files"
+        return f"{MANIFEST} makes no sense"
+    return "" if sizes else f"{MANIFEST} names no files"
 
 
 def _crc32(path: Path) -> int:

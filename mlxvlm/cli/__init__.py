@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from mlxvlm import __version__
-from mlxvlm.cli import doctor, quantize, run, serve
+from mlxvlm.cli import chat, doctor, models, pull, quantize, run, serve
 from mlxvlm.errors import InternalError, MlxvlmError
 
 _INTERRUPTED = 130
@@ -22,6 +22,7 @@ Vision-language models on Apple Silicon.
   mlxvlm run -m demo --image picture.png "What is in this picture?"
   mlxvlm run -m HuggingFaceTB/SmolVLM-256M-Instruct --image photo.jpg "Describe it."
   mlxvlm run -m Qwen/Qwen2-VL-7B-Instruct --isq 4 --image photo.jpg "Describe it."
+  mlxvlm chat -m Qwen/Qwen2-VL-2B-Instruct --isq Q4K
   mlxvlm serve -m Qwen/Qwen2-VL-7B-Instruct --isq 4 --port 1234
   mlxvlm quantize -m Qwen/Qwen2-VL-7B-Instruct --isq 4 -o Qwen2-VL-7B-4bit
   mlxvlm doctor -m HuggingFaceTB/SmolVLM-Instruct
@@ -41,9 +42,12 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_parser(commands)
+    chat.add_parser(commands)
     serve.add_parser(commands)
     quantize.add_parser(commands)
     doctor.add_parser(commands)
+    models.add_parser(commands)
+    pull.add_parser(commands)
     return root
 
 

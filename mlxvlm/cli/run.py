@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mlxvlm.cli.engine_options import add_engine_options, engine_options, start_engine
+from mlxvlm.cli.interrupts import on_interrupt
 from mlxvlm.cli.options import (
-    add_cache_options,
-    add_engine_options,
     add_image_options,
     add_model_options,
     add_quantisation_options,
-    add_speculation_options,
-    cache_options,
-    draft_source,
-    engine_options,
     figures,
-    load_options,
-    max_memory_bytes,
     open_source,
 )
+from mlxvlm.cli.printable import printable
 from mlxvlm.cli.progress import byte_bar
 from mlxvlm.cli.sampling_options import add_sampling_options, sampling_params
 from mlxvlm.errors import InputError, UsageError
@@ -78,10 +71,8 @@ def add_parser(commands: Any) -> None:
     add_model_options(parser)
     add_quantisation_options(parser)
     add_engine_options(parser)
-    add_cache_options(parser)
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
-    add_speculation_options(parser)
     parser.set_defaults(execute=execute)
 
 
@@ -89,23 +80,19 @@ def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
     from mlxvlm.engine.request import Request
     from mlxvlm.messages import ImageOptions
-    from mlxvlm.runner import sampling_defaults, start
+    from mlxvlm.runner import sampling_defaults
 
     messages = _messages(args)
     source = open_source(args)
     # Before the weights: a mistyped path or number should not cost a minute of loading.
     sampling = sampling_params(args, sampling_defaults(source))
     sampling.check(sys.maxsize)  # the vocabulary's size is looked at later
-    timeout_s, options = _timeout_s(args), engine_options(args) | cache_options(args)
+    timeout_s, options = _timeout_s(args), engine_options(args)
     options["prefix_cache_eager"] = True  # one question a process: what it leaves must be there for the next
     begun = time.perf_counter()
     prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
     prepare_s = time.perf_counter() - begun
-    budget, draft = max_memory_bytes(args), draft_source(args)
-    with (
-        byte_bar("loading") as progress,
-        start(source, load_options(args), progress, budget, draft, **options) as engine,
-    ):
+    with byte_bar("loading") as progress, start_engine(args, source, progress, options) as engine:
         request = Request(messages, sampling, prompt=prompt, timeout_s=timeout_s)
         answer = _print_json if args.json else _print_stream
         return answer(args, engine, request, prepare_s)
@@ -146,7 +133,7 @@ def _print_stream(args: argparse.Namespace, engine: Engine, request: Request, pr
     is_terminal = sys.stdout.isatty()
 
     def show(text: str) -> None:
-        sys.stdout.write(_printable(text) if is_terminal else text)
+        sys.stdout.write(printable(text) if is_terminal else text)
         sys.stdout.flush()
 
     completion, code = _consume(engine.submit(request), show)
@@ -174,29 +161,12 @@ def _consume(stream: Stream, show: Callable[[str], None]) -> tuple[Completion, i
     from mlxvlm.engine.stream import collect
 
     deltas: list[Delta] = []
-    with _first_interrupt(stream.cancel) as interrupted:
+    with on_interrupt(stream.cancel) as interrupted:
         for delta in stream:
             deltas.append(delta)
             if delta.text:
                 show(delta.text)
     return collect(deltas), _INTERRUPTED if interrupted else 0
-
-
-@contextmanager
-def _first_interrupt(action: Callable[[], None]) -> Iterator[list[int]]:
-    """Runs an action in place of the first Ctrl-C, so that no exception tears a piece of the answer apart."""
-    seen: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, previous)
-        seen.append(number)
-        action()
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _as_json(model: str, completion: Completion, peak_bytes: int, prepare_s: float) -> dict[str, Any]:
@@ -218,8 +188,3 @@ def _as_json(model: str, completion: Completion, peak_bytes: int, prepare_s: flo
         "total_s": round(prepare_s + usage.total_s, 4),
         "peak_memory_bytes": peak_bytes,
     }
-
-
-def _printable(text: str) -> str:
-    """A model's text must not drive the terminal: no escape sequences."""
-    return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else "�" for c in text)

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvlm.cli.options import REQUANTIZE, add_model_options, add_quantisation_options, load_options, max_memory_bytes
+from mlxvlm.cli.engine_options import max_memory_bytes
+from mlxvlm.cli.options import REQUANTIZE, add_model_options, add_quantisation_options, load_options
 from mlxvlm.errors import UsageError
 
 if TYPE_CHECKING:

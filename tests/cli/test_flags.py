@@ -160,7 +160,7 @@ def test_escape_sequences_do_not_reach_a_terminal(kind: Callable[[], io.StringIO
     monkeypatch.setattr(Detokenizer, "feed", lambda self, token_id: "\x1b[31m\té\x7f\r\n")
     monkeypatch.setattr(Detokenizer, "flush", lambda self: "")
     assert main(["run", "-m", MODEL, "--max-tokens", "1", "-q", "hello"]) == 0
-    assert out.getvalue() == ("�[31m\té��\n" if out.isatty() else "\x1b[31m\té\x7f\r\n")
+    assert out.getvalue() == ("␛[31m\té␡␍\n" if out.isatty() else "\x1b[31m\té\x7f\r\n")
 
 
 @pytest.mark.parametrize("bad", ["image", "template"])

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from mlxvlm.cli.options import add_engine_options, add_speculation_options, draft_source, engine_options
+from mlxvlm.cli.engine_options import add_engine_options, draft_source, engine_options
 from mlxvlm.errors import UsageError
 from mlxvlm.runner import load
 
@@ -14,7 +14,6 @@ from mlxvlm.runner import load
 def parsed(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_engine_options(parser)
-    add_speculation_options(parser)
     return parser.parse_args(flags)
 
 
