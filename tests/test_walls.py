@@ -44,6 +44,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"tqdm"},
     ),
+    "server": ({"server", "errors"}, {"starlette"}),
     "__init__": ({"engine", "runner", "messages", "errors"}, set()),
     "__main__": ({"cli"}, set()),
 }

@@ -13,12 +13,12 @@ import { inline } from "./inline.js";
  */
 
 const MAX_DEPTH = 6; // of lists and quotes in each other
-const FENCE = /^\s*(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*$/;
+const FENCE = /^\s*(`{3,}|~{3,}(?!~))([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})(?!\S)(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^(\s*)(?:([-*+•])|(\d{1,9})[.)])(\s+|$)/;
-const DELIMITERS = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const DELIMITER = /^:?-+:?$/;
 const MATH = [
   { open: /^\s*\$\$/, close: /\$\$\s*$/ },
   { open: /^\s*\\\[/, close: /\\\]\s*$/ },
@@ -41,7 +41,8 @@ const fence = {
     return until(lines, i + 1, (line) => closes(line, mark)) + 1;
   },
   render(lines) {
-    const [, mark, language] = FENCE.exec(lines[0]);
+    const [, mark, info] = FENCE.exec(lines[0]);
+    const language = info.trim().split(/\s/)[0] || null;
     const shift = new RegExp(`^\\s{0,${indent(lines[0])}}`);
     const isClosed = lines.length > 1 && closes(lines.at(-1), mark);
     const code = lines.slice(1, isClosed ? -1 : undefined).map((line) => line.replace(shift, "")).join("\n");
@@ -69,9 +70,9 @@ const heading = {
   starts: (lines, i) => HEADING.test(lines[i]),
   end: (_, i) => i + 1,
   render([line]) {
-    const [, marks, text = ""] = HEADING.exec(line);
+    const [, marks, text] = HEADING.exec(line);
     // The page's own name is the only first-level heading.
-    return h(`h${Math.min(marks.length + 1, 6)}`, { dir: "auto" }, inline(text));
+    return h(`h${Math.min(marks.length + 1, 6)}`, { dir: "auto" }, inline(text.trim().replace(/ #+$/, "").trim()));
   },
 };
 
@@ -94,7 +95,7 @@ const table = {
   starts: (lines, i) =>
     lines[i].includes("|") &&
     i + 1 < lines.length &&
-    DELIMITERS.test(lines[i + 1]) &&
+    cells(lines[i + 1]).every((cell) => DELIMITER.test(cell)) &&
     cells(lines[i]).length === cells(lines[i + 1]).length,
   end: (lines, i) => until(lines, i + 2, (line) => isBlank(line) || !line.includes("|")),
   render(lines) {

@@ -9,12 +9,13 @@
  */
 export function h(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
+  // First: Chromium looks for a `dir="auto"` direction again at each child that is added.
+  node.append(...children.filter((child) => child !== null));
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === false) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null));
   return node;
 }
 

@@ -54,6 +54,8 @@ export function setUpHeader() {
   });
   drawTheme();
   byId("open-settings").addEventListener("click", openSettings);
+  // Enter in a field submits with the form's first submit button, so this one is none.
+  byId("cancel-settings").addEventListener("click", () => byId("settings").close());
   byId("settings").addEventListener("close", closeSettings);
 }
 

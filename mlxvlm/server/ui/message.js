@@ -23,9 +23,9 @@ export class QuestionView {
     const { text, pictures } = this.question;
     this.node.replaceChildren();
     if (pictures.length) this.node.append(h("div", { class: "pictures" }, ...pictures.map(enlargeable)));
-    if (text) this.node.append(h("p", { class: "bubble", dir: "auto" }, text));
     this.pencil = iconButton("pencil", "Edit and ask again", () => this.edit());
     this.node.append(h("div", { class: "actions" }, this.pencil));
+    if (text) this.node.append(h("p", { class: "bubble", dir: "auto" }, text));
   }
 
   edit() {
