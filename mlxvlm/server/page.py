@@ -19,8 +19,8 @@ _MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# The page runs its own files, talks to its own server, and shows pictures that the reader gave it. Where a browser knows
-# trusted types, no string becomes HTML or a script at all.
+# The page runs its own files, talks to its own server, and shows pictures that the reader gave it. Where a browser
+# knows trusted types, no string becomes HTML or a script at all.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "

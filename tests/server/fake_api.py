@@ -30,6 +30,8 @@ class Answer:
     finish: str | None = "stop"  # None: the connection ends in the middle
     error: tuple[int, str] | None = None  # status, message; 200: an event in the stream after the text
     retry_after_s: int | None = None
+    is_broken: bool = False  # the connection is cut after the text
+    is_measured: bool = True  # usage with the times that OpenAI's has not
 
 
 @dataclass
@@ -86,20 +88,25 @@ class FakeApi:
         except asyncio.CancelledError:
             self.num_disconnected += 1
             raise
+        if answer.is_broken:
+            raise RuntimeError
         if answer.error:
             yield "event: error\n" + _event({"error": {"message": answer.error[1], "type": "server_error"}})
             return
         if answer.finish is None:
             return
         yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": answer.finish}]})
-        yield _event({"choices": [], "usage": usage(answer.text)})
+        yield _event({"choices": [], "usage": usage(answer)})
         yield "data: [DONE]\n\n"
 
 
-def usage(text: str) -> dict[str, Any]:
+def usage(answer: Answer) -> dict[str, Any]:
+    num_words = len(answer.text.split())
+    if not answer.is_measured:
+        return {"prompt_tokens": 7, "completion_tokens": num_words}
     return {
         "prompt_tokens": 312,
-        "completion_tokens": len(text.split()),
+        "completion_tokens": num_words,
         "prompt_tokens_details": {"cached_tokens": 280},
         "avg_compl_tok_per_sec": 41.27,
         "time_to_first_token_sec": 0.384,
@@ -119,7 +126,7 @@ def _error(status: int, message: str, retry_after_s: int | None = None) -> JSONR
 def serving(app: Starlette, port: int = 0) -> Iterator[str]:
     """Serves on a free port of loopback; gives the address without a slash."""
     listener = socket.create_server(("127.0.0.1", port))
-    config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_config=None, ws="none", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

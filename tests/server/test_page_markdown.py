@@ -25,9 +25,9 @@ CASES: dict[str, Any] = {
     "a\nb\n\nc": [["p", "a\nb"], ["p", "c"]],
     "# One\n### Three ###\ntext": [["h2", "One"], ["h4", "Three"], ["p", "text"]],
     "#no heading": [["p", "#no heading"]],
-    "*a* **b** ***c*** _d_ __e__ ~~f~~": [
-        ["p", ["em", "a"], " ", ["strong", "b"], " ", ["strong", ["em", "c"]], " ", ["em", "d"], " ", ["strong", "e"]]
-        + [" ", ["del", "f"]]
+    "*a* **b** ***c*** _d_ __e__\n\n~~f~~": [
+        ["p", ["em", "a"], " ", ["strong", "b"], " ", ["strong", ["em", "c"]], " ", ["em", "d"], " ", ["strong", "e"]],
+        ["p", ["del", "f"]],
     ],
     "**bold *both* bold**": [["p", ["strong", "bold ", ["em", "both"], " bold"]]],
     "2 * 3 * 4, snake_case_name, **open": [["p", "2 * 3 * 4, snake_case_name, **open"]],
@@ -35,9 +35,9 @@ CASES: dict[str, Any] = {
     "*crossed **marks* here**": [["p", ["em", "crossed **marks"], " here**"]],
     "`a*b*` and ``a`b`` and `": [["p", ["code", "a*b*"], " and ", ["code", "a`b"], " and `"]],
     r"\*no\* \# \\": [["p", r"*no* # \ ".strip()]],
-    "[a *b*](https://x.example/y) <https://z.example> https://w.example/q_(r).": [
-        ["p", ["a https://x.example/y", "a ", ["em", "b"]], " ", ["a https://z.example/", "https://z.example"]]
-        + [" ", ["a https://w.example/q_(r)", "https://w.example/q_(r)"], "."]
+    "[a *b*](https://x.example/y) <https://z.example>\n\nhttps://w.example/q_(r).": [
+        ["p", ["a https://x.example/y", "a ", ["em", "b"]], " ", ["a https://z.example/", "https://z.example"]],
+        ["p", ["a https://w.example/q_(r)", "https://w.example/q_(r)"], "."],
     ],
     "(https://x.example)": [["p", "(", ["a https://x.example/", "https://x.example"], ")"]],
     "[https://a.example](https://b.example)": [["p", ["a https://b.example/", "https://a.example"]]],
@@ -60,13 +60,14 @@ CASES: dict[str, Any] = {
     ],
     "in\n1986. it was": [["p", "in\n1986. it was"]],
     "text\n- item\n* * *": [["p", "text"], ["ul", ["li", "item"]], ["hr"]],
-    "> a\n> - b\n\n> > c": [["blockquote", ["p", "a"], ["ul", ["li", "b"]]], ["blockquote", ["blockquote", ["p", "c"]]]],
+    "> a\n> - b": [["blockquote", ["p", "a"], ["ul", ["li", "b"]]]],
+    "> > c\nd": [["blockquote", ["blockquote", ["p", "c"]]], ["p", "d"]],
     "```\n**a** <b>\n": [["div", ["div"], ["pre", ["code", "**a** <b>\n"]]]],
     "~~~js\n```\n~~~\nb": [["div", ["div", "js"], ["pre", ["code", "```"]]], ["p", "b"]],
     "````\n```\na\n```\n````": [["div", ["div"], ["pre", ["code", "```\na\n```"]]]],
     "| a | b \\| c |\n|---|:-:|\n| 1 | **2** |\n| 3 |\n\nend": [
-        ["div", ["table", ["thead", ["tr", ["th", "a"], ["th", "b | c"]]]]
-         + [["tbody", ["tr", ["td", "1"], ["td", ["strong", "2"]]], ["tr", ["td", "3"], ["td"]]]]],
+        ["div", ["table", ["thead", ["tr", ["th", "a"], ["th", "b | c"]]],
+                 ["tbody", ["tr", ["td", "1"], ["td", ["strong", "2"]]], ["tr", ["td", "3"], ["td"]]]]],
         ["p", "end"],
     ],
     "a | b\nno table": [["p", "a | b\nno table"]],
@@ -92,14 +93,16 @@ def test_cases(page: Page) -> None:
     assert found == CASES
 
 
+PIECES = [
+    *("a", "word ", " ", "\n", "\n", "\n\n", "  ", "    ", "- ", "* ", "1. ", "2) ", "+ ", "# ", "## ", "> ", "---\n"),
+    *("```", "```py\n", "~~~\n", "`", "*", "**", "_", "~~", "$", "$$", "$$\n", "\\", "\\[", "\\]", "|", " | ", "|-|\n"),
+    *("|---|---|\n", "[", "](", ")", "![", "https://x.example/", "<br>", "<", ">", "\t", "א", "[ ] ", "\n- ", "\n> "),
+]  # fmt: skip
+
+
 def random_text(rng: random.Random) -> str:
     """Pieces that mean something to Markdown, thrown together."""
-    pieces = [
-        *("a", "word ", " ", "\n", "\n", "\n\n", "  ", "    ", "- ", "* ", "1. ", "2) ", "+ ", "# ", "## ", "> ", "---\n"),
-        *("```", "```py\n", "~~~\n", "`", "*", "**", "_", "~~", "$", "$$", "$$\n", "\\", "\\[", "\\]", "|", " | ", "|-|\n"),
-        *("|---|---|\n", "[", "](", ")", "![", "https://x.example/", "<br>", "<", ">", "\t", "א", "[ ] ", "\n- ", "\n> "),
-    ]
-    return "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 40)))
+    return "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 40)))
 
 
 def test_streamed_is_the_same_as_whole(page: Page) -> None:
@@ -194,7 +197,8 @@ def test_texts_of_any_direction(page: Page) -> None:
 
 def test_code_is_copied(page: Page) -> None:
     page.browser.execute_cdp_cmd(
-        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.url}
+        "Browser.grantPermissions",
+        {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.url},
     )
     script = """
         const root = document.createElement("div");

@@ -34,7 +34,7 @@ function newConversation() {
 function send(text, pictures) {
   const conversation = current;
   conversation.messages.push({ role: "user", text, pictures });
-  conversation.title ||= text.slice(0, TITLE_CHARACTERS) || pictures[0].name || "Picture";
+  conversation.title ||= [...text].slice(0, TITLE_CHARACTERS).join("") || pictures[0].name || "Picture";
   if (location.hash !== `#${conversation.id}`) history.pushState(null, "", `#${conversation.id}`);
   answer(conversation);
 }
@@ -42,6 +42,7 @@ function send(text, pictures) {
 /** @param {Conversation} conversation */
 async function answer(conversation) {
   const { id, messages } = conversation;
+  banner();
   const run = new Run({ role: "assistant", text: "", state: "running" });
   const asked = [...messages];
   messages.push(run.answer);
@@ -108,6 +109,7 @@ async function rename(head, title) {
   await save({ ...(running ?? (await load(head))), title });
   await refreshList();
   showTitle();
+  if (document.activeElement === document.body) document.querySelector(`[href="#${head.id}"]`)?.focus();
 }
 
 /** @param {Head} head */

@@ -39,8 +39,10 @@ function showModels(names) {
 
 /** Shows a line over the chat, none without a text. @param {string} [text] @param {string} [label] @param {() => void} [onclick] */
 export function banner(text = "", label = "", onclick = () => {}) {
+  const line = byId("banner");
+  if (line.textContent === text + label) return; // a screen reader would say it again
   const button = label ? h("button", { type: "button", onclick }, label) : null;
-  byId("banner").replaceChildren(text, button ?? "");
+  line.replaceChildren(text, button ?? "");
 }
 
 export function setUpHeader() {

@@ -61,6 +61,7 @@ export class AnswerView {
     this.foot = h("div", {});
     const copy = copyButton("Copy the answer", () => answer.text);
     const retry = iconButton("retry", "Ask again", onretry);
+    retry.classList.add("retry");
     this.figures = h("span", { class: "figures" });
     this.actions = h("div", { class: "actions" }, copy, retry, this.figures);
     this.node = h("article", { class: "answer", "aria-label": "Answer" }, this.body, this.foot, this.actions);

@@ -9,7 +9,12 @@ import { byId, h, iconButton } from "./dom.js";
 
 /** @param {Head[]} heads @param {string} currentId @param {Actions} actions */
 export function drawList(heads, currentId, actions) {
-  byId("conversations").replaceChildren(...heads.map((head) => item(head, head.id === currentId, actions)));
+  const list = byId("conversations");
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  if (focused?.localName === "input") return; // a title is being written
+  const place = [...(focused?.parentNode.children ?? [])].indexOf(focused);
+  list.replaceChildren(...heads.map((head) => item(head, head.id === currentId, actions)));
+  if (focused) list.querySelector(`[data-id="${focused.parentNode.dataset.id}"]`)?.children[place].focus();
 }
 
 /** @param {Head} head @param {boolean} isCurrent @param {Actions} actions */
@@ -21,7 +26,7 @@ function item(head, isCurrent, actions) {
     node.querySelector("input").select();
   });
   const remove = iconButton("trash", `Delete ${title}`, () => confirmDelete(title, () => actions.remove(head)));
-  const node = h("li", {}, link, rename, remove);
+  const node = h("li", { "data-id": id }, link, rename, remove);
   return node;
 }
 
