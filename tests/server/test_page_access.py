@@ -140,7 +140,8 @@ def test_each_stop_shows_the_focus(page: Page, api: FakeApi) -> None:
     page.run("document.activeElement.blur(); document.body.tabIndex = -1; document.body.focus()")
     script = """
         const node = document.activeElement, style = getComputedStyle(node), box = node.closest(".composer");
-        const shown = style.outlineStyle !== "none" || (box && getComputedStyle(box).boxShadow !== "none");
+        const outlined = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) > 0;
+        const shown = outlined || (box && getComputedStyle(box).boxShadow !== "none");
         const { width, height } = node.getBoundingClientRect();
         return [node.tagName, shown && width > 0 && height > 0];"""
     names = []

@@ -140,6 +140,7 @@ def test_history_is_found_after_a_reload(page: Page) -> None:
     page.one("#conversations a").click()
     page.wait(lambda: page.answers() == [SEEN])
     assert page.one(".picture img").get_attribute("src") == data_url(HEART)
+    assert page.one(".picture img").size["width"] + 2 == page.one(".picture").size["width"]  # the border's two pixels
     assert page.texts(".bubble") == ["What do you see?"]
     assert "41.3 tok/s" in page.texts(".figures")[0]
     page.browser.refresh()
