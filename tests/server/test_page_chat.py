@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SEEN = "A red heart and a black square on a white background."
 PICTURES = Path(__file__).parent.parent.parent / "examples" / "pictures"
 HEART = PICTURES / "red-heart-black-square.png"
-STAR = PICTURES / "green-star.png"
+WIDE = PICTURES / "yellow-circle-purple-square.png"
 LONG = Answer(text="word " * 4000, piece=5, pause_s=0.01)
 EDIT = "[aria-label='Edit and ask again']"
 RETRY = "[aria-label='Ask again']"
@@ -34,12 +34,12 @@ def picture_part(path: Path) -> dict[str, object]:
 
 
 def test_a_picture_is_asked_about(page: Page, api: FakeApi) -> None:
-    page.attach(HEART, STAR)
+    page.attach(HEART, WIDE)
     page.ask("What do you see?")
     assert page.answers() == [SEEN]
     figures = "312 prompt tokens (280 cached) · 11 answer tokens · 41.3 tok/s · first after 0.38 s"
     assert page.texts(".figures") == [figures]
-    parts = [picture_part(HEART), picture_part(STAR), {"type": "text", "text": "What do you see?"}]
+    parts = [picture_part(HEART), picture_part(WIDE), {"type": "text", "text": "What do you see?"}]
     body = {"model": "demo", "stream": True, "stream_options": {"include_usage": True}}
     assert api.bodies == [{**body, "messages": [{"role": "user", "content": parts}]}]
     page.ask("And now?")
@@ -60,12 +60,13 @@ def test_a_picture_alone_is_a_question(page: Page, api: FakeApi) -> None:
 
 
 def test_an_attached_picture_can_be_removed_or_enlarged(page: Page, api: FakeApi) -> None:
-    page.attach(HEART, STAR)
+    page.attach(HEART, WIDE)
     page.one(f"[aria-label='Remove {HEART.name}']").click()
     page.ask("Which?")
-    assert api.bodies[0]["messages"][0]["content"][0] == picture_part(STAR)
+    assert api.bodies[0]["messages"][0]["content"][0] == picture_part(WIDE)
+    assert page.one(".picture img").size["width"] + 2 == page.one(".picture").size["width"]  # the border's two pixels
     page.one(".picture").click()
-    assert page.one("#viewer img").get_attribute("alt") == STAR.name
+    assert page.one("#viewer img").get_attribute("alt") == WIDE.name
     page.press("\ue00c")  # Escape
     assert not page.one("#viewer").is_displayed()
 
@@ -140,7 +141,6 @@ def test_history_is_found_after_a_reload(page: Page) -> None:
     page.one("#conversations a").click()
     page.wait(lambda: page.answers() == [SEEN])
     assert page.one(".picture img").get_attribute("src") == data_url(HEART)
-    assert page.one(".picture img").size["width"] + 2 == page.one(".picture").size["width"]  # the border's two pixels
     assert page.texts(".bubble") == ["What do you see?"]
     assert "41.3 tok/s" in page.texts(".figures")[0]
     page.browser.refresh()
@@ -341,7 +341,7 @@ def test_the_server_goes_away_and_comes_back(page: Page, api: FakeApi) -> None:
 
 
 def test_a_server_that_dies_in_the_middle(page: Page, api: FakeApi) -> None:
-    api.say(Answer("Half of it", is_broken=True))
+    api.say(Answer("Half of it", pause_s=0.2, is_broken=True))
     page.ask("Well?")
     assert page.texts(".answer .problem") == ["The connection to the server was lost."]
     assert page.answers() == ["Half of it"]
