@@ -137,7 +137,9 @@ async function openFromAddress() {
   const id = location.hash.slice(1);
   const heads = await listHeads().catch(() => []);
   const head = heads.find((each) => each.id === id);
-  current = runs.get(id)?.conversation ?? (head ? await load(head) : newConversation());
+  const found = runs.get(id)?.conversation ?? (head ? await load(head) : newConversation());
+  if (location.hash.slice(1) !== id) return; // the reader went on meanwhile, or asked already
+  current = found;
   for (const message of current.messages) markInterrupted(message);
   showCurrent();
   drawList(heads, current.id, { rename, remove: removeConversation });
