@@ -108,7 +108,7 @@ def child(mode: str, folder: Path, cache: Path, isq: str) -> dict[str, float]:
     else:
         # The processor's files are no part of this.
         source = SimpleNamespace(
-            folder=folder, config=config_of(folder), family=family_of(config_of(folder)), read=None
+            name=folder.name, folder=folder, config=config_of(folder), family=family_of(config_of(folder)), read=None
         )
         model = build(cast(ModelSource, source), options, lambda done, total: None)
     seconds = time.perf_counter() - begun

@@ -188,7 +188,7 @@ def test_no_more_is_allocated_than_is_reserved(layers: int, kv_bits: int | None)
             assert ids_of(stream.result()) == answer([number] * length, count)
         assert mx.get_peak_memory() - floor <= max(reserved)
         assert eventually(lambda: mx.get_active_memory() <= floor)
-        assert engine.stats().reserved_bytes == 0
+        assert eventually(lambda: engine.stats().reserved_bytes == 0)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_what_never_fits_is_refused_at_once() -> None:
         with pytest.raises(MemoryBudgetError, match=r"for 2599 tokens.*budget is.*lower max_tokens"):
             engine.generate(ask([1] * 600, 2000))
         assert ids_of(other.result()) == answer([1] * 600, 50)
-        assert engine.stats().reserved_bytes == 0
+        assert eventually(lambda: engine.stats().reserved_bytes == 0)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(250, 192), (400, 448), (10**4, 700 - 5)])

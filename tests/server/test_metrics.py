@@ -70,7 +70,8 @@ def test_in_flight() -> None:
 
 
 def test_engines() -> None:
-    stats = EngineStats(2, 3, 100, 50, 25, 9, 11, CacheStats(4, 5, 6, 70), CacheStats(1, 2, 3, 40), 8)
+    caches = {"prefix_cache": CacheStats(4, 5, 6, 70), "feature_cache": CacheStats(1, 2, 3, 40)}
+    stats = EngineStats(2, 3, 100, 50, 25, 9, 11, **caches, encoded_images=8)
     metrics = Metrics(lambda: {"a": stats, 'odd"\n': EngineStats()}, lambda: {"active": 10, "peak": 20})
     found = figures(metrics)
     assert found["mlxvlm_running_requests{a}"] == 2
