@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -66,35 +67,45 @@ def memory_need(model: str, revision: str | None = None, dtype: str = "auto", re
     config = read_json(folder / "config.json")
     if not config:
         raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
-    # Building makes lazy arrays only; nothing is allocated until it is evaluated.
-    built = family_of(config).build_model(config)
     is_local = is_on_disk(model) or _has_weights(folder)
     weights = read_weights(folder) if is_local else _hub_weights(model, revision)
+    return need_of(config, weights, dtype, recipe, is_local=is_local, name=str(folder / "config.json"))
+
+
+def need_of(
+    config: dict[str, Any],
+    weights: Mapping[str, mx.array],
+    dtype: str = "auto",
+    recipe: Recipe = AS_IT_IS,
+    *,
+    is_local: bool = True,
+    name: str = "config.json",
+) -> MemoryNeed:
+    """Of a config and its tensors, of which shapes and types are looked at. `name`: the config's, for errors."""
+    # Building makes lazy arrays only; nothing is allocated until it is evaluated.
+    built = family_of(config).build_model(config)
     target = choose_dtype(dtype, weights)
     stored = {name: int(array.nbytes) for name, array in weights.items()}
     # A stack of experts is read one expert at a time where it is quantised.
     pieces = [array.nbytes // array.shape[0] if array.ndim == 3 else array.nbytes for array in weights.values()]
-    named = built.sanitize(weights)
-    problem = misfit(built, named)
+    named = built.sanitize(dict(weights))
     plan = make_plan(built, recipe)
-    sizes = {name: _bound_bytes(name, array, target, plan.specs) for name, array in named.items()}
-    size = sum(sizes.values())
+    size = sum(_bound_bytes(name, array, target, plan.specs) for name, array in named.items())
     specs: list[KVSpec] = built.kv_specs
-    per_token = sum(spec.bytes_per_token(target) for spec in specs)
     try:
         context = context_length(config)
     except NONSENSE as error:
-        raise senseless(folder / "config.json", error) from error
+        raise senseless(name, error) from error
     return MemoryNeed(
         model_type=str(config["model_type"]),
         disk_bytes=sum(stored.values()),
         weights_bytes=size,
         loading_bytes=size + max(pieces if plan.specs else stored.values(), default=0),
-        kv_bytes_per_token=per_token,
+        kv_bytes_per_token=sum(spec.bytes_per_token(target) for spec in specs),
         max_context=context,
         is_local=is_local,
         num_tensors=len(named),
-        misfit=problem,
+        misfit=misfit(built, named),
         left=plan.left,
     )
 
