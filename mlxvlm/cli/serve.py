@@ -71,7 +71,9 @@ def add_parser(commands: Any) -> None:
     _add_picture_options(parser)
     _add_limits(parser)
     parser.add_argument("--log-json", action="store_true", help="one JSON object for each line of the log")
-    parser.add_argument("--ui", action=argparse.BooleanOptionalAction, help="the page for browsers (default: on)")
+    parser.add_argument(
+        "--ui", action=argparse.BooleanOptionalAction, help="the page for browsers (default: for this machine only)"
+    )
     parser.add_argument("--enable-search", action="store_true", help="let requests ask for web search")
     # None and False stand for what is not given: the defaults come after the file.
     parser.set_defaults(unset=vars(parser.parse_args([])), parser=parser, execute=execute)

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from mlxvlm.agent.formats import ToolFormat
 from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.stats import EngineStats
@@ -39,15 +40,24 @@ class ModelSpec:
     options: LoadOptions = field(default_factory=LoadOptions)
     source: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
+    draft_model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What a request holds. `tools`: how the model writes tool calls, None where it has no format of its own."""
+    """What a request holds. `tools`: how the model writes tool calls, None where that is not known."""
 
     name: str
     engine: Engine
-    tools: Any = None
+    tools: ToolFormat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What loading gives: an engine, and how its model writes tool calls."""
+
+    engine: Engine
+    tools: ToolFormat | None = None
 
 
 class Loader(Protocol):
@@ -59,7 +69,7 @@ class Loader(Protocol):
     def fits(self, spec: ModelSpec) -> bool:
         """Whether there is memory for one more model now."""
 
-    def load(self, spec: ModelSpec, progress: Progress) -> Engine:
+    def load(self, spec: ModelSpec, progress: Progress) -> Loaded:
         """Raises what `progress` raises: that ends it early."""
 
 
@@ -69,6 +79,7 @@ class _Slot:
 
     spec: ModelSpec
     engine: Engine | None = None
+    tools: ToolFormat | None = None  # the engine's
     holders: int = 0  # requests that run on it
     waiting: int = 0  # requests that wait for it to be loaded
     leaving: bool = False  # it is about to be unloaded: no new holders
@@ -190,7 +201,7 @@ class Registry:
             self._tell()
         slot.holders += 1  # no await since it was looked at
         try:
-            yield LoadedModel(slot.spec.name, engine)
+            yield LoadedModel(slot.spec.name, engine, slot.tools)
         finally:
             slot.holders -= 1
             slot.last_used = self._clock()
@@ -299,11 +310,12 @@ class Registry:
             slot.done = (done, total)
             self._check_open()
 
-        engine = await self._in_pool(self._loader.load, slot.spec, report)
+        loaded: Loaded = await self._in_pool(self._loader.load, slot.spec, report)
         if self._closed:
-            await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(loaded.engine.close)
             self._check_open()
-        slot.engine, slot.error, slot.last_used = engine, None, self._clock()
+        slot.engine, slot.tools = loaded.engine, loaded.tools
+        slot.error, slot.last_used = None, self._clock()
         self.is_ready = True
         _log.info("%s is loaded after %.1f s", slot.spec.name, slot.last_used - begun)
 

@@ -15,7 +15,6 @@ from typing import Any
 import httpx2
 import pytest
 
-from mlxvlm.engine.engine import Engine
 from mlxvlm.errors import ModelError, UsageError
 from mlxvlm.server import serving
 from mlxvlm.server.assembly import assemble
@@ -328,8 +327,9 @@ def test_a_loader_has_what_the_protocol_asks() -> None:
     assert loader.fits(spec)
     assert not loader.fits(ModelSpec("none", "/no/such/folder"))
     report: Progress = lambda done, total: seen.append((done, total))  # noqa: E731 - a Progress
-    engine: Engine = loader.load(spec, report)
-    with engine:
+    loaded = loader.load(spec, report)
+    assert loaded.tools is not None
+    with loaded.engine as engine:
         assert engine.config.max_rows == 2
     assert seen
     assert json.dumps(seen)
