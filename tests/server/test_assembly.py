@@ -24,7 +24,12 @@ LOOK: Any = {
     "type": "function",
     "function": {
         "name": "look",
-        "parameters": {"type": "object", "properties": {"at": {"enum": ["it"]}}, "required": ["at"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"at": {"enum": ["it"]}},
+            "required": ["at"],
+            "additionalProperties": False,
+        },
     },
 }
 LONG = 3000  # tokens of an answer that does not end by itself soon

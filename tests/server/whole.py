@@ -39,7 +39,8 @@ class Whole:
 
             def remembered(server: serving._Server, *args: object) -> None:
                 genuine(server, *args)  # type: ignore[arg-type]
-                self._server = server
+                if not hasattr(self, "_server"):  # of servers that run side by side, the first is this one's
+                    self._server = server
 
             serving._Server.__init__ = remembered  # type: ignore[method-assign]
             try:
