@@ -34,7 +34,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         {"ddgs", "httpx2", "mcp"},
     ),
     "api": (
-        {"api", "agent", "engine.params", "engine.request", "messages", "errors"},
+        {"api", "agent", "engine.params", "engine.request", "processors.base", "messages", "errors"},
         {"pydantic", "pydantic_core"},
     ),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),

@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from mlxvlm.errors import MlxvlmError, RequestError
 from mlxvlm.server.answering import Patience
 from mlxvlm.server.chat_completions import ChatCompletions
+from mlxvlm.server.completions import Completions
 from mlxvlm.server.doors import Doors, FetchPicture, NoteUsage, ReadJSON, Timed
 from mlxvlm.server.models import ModelRoutes, Models
 from mlxvlm.server.replies import error_reply
@@ -57,6 +58,7 @@ def create_app(
     about = ModelRoutes(models)
     own = [
         Route("/v1/chat/completions", ChatCompletions(doors), methods=["POST"]),
+        Route("/v1/completions", Completions(doors), methods=["POST"]),
         Route("/v1/models", about.all, methods=["GET"]),
         Route("/v1/models/{id:path}", about.one, methods=["GET"]),
         Route("/health", about.health, methods=["GET"]),
