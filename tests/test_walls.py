@@ -41,7 +41,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
     "server": (
         {
             *("server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
-            *("processors.sources", "api", "agent", "messages", "errors"),
+            *("processors.sources", "processors.base", "api", "agent", "messages", "errors"),
         },
         {"starlette", "uvicorn", "h11", "httpx2", "prometheus_client", "pydantic"},
     ),

@@ -19,6 +19,7 @@ from mlxvlm.server.chat_completions import ChatCompletions
 from mlxvlm.server.completions import Completions
 from mlxvlm.server.doors import Doors, FetchPicture, NoteUsage, ReadJSON, Timed
 from mlxvlm.server.models import ModelRoutes, Models
+from mlxvlm.server.operations import TokenRoutes
 from mlxvlm.server.replies import error_reply
 
 CLIENT_LEFT = 499  # nginx's code: nobody reads it but logs
@@ -55,10 +56,12 @@ def create_app(
     count. middleware: pure ASGI, outermost first. routes: more endpoints. patience: waiting times and bounds.
     """
     doors = Doors(models, read_json, fetch_picture, patience or Patience(), note_usage, timed)
-    about = ModelRoutes(models)
+    about, tokens = ModelRoutes(models), TokenRoutes(doors)
     own = [
         Route("/v1/chat/completions", ChatCompletions(doors), methods=["POST"]),
         Route("/v1/completions", Completions(doors), methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
         Route("/v1/models", about.all, methods=["GET"]),
         Route("/v1/models/{id:path}", about.one, methods=["GET"]),
         Route("/health", about.health, methods=["GET"]),

@@ -13,6 +13,7 @@ from mlxvlm.server import page
 from mlxvlm.server.guard import OPEN_PATHS, Guard
 from mlxvlm.server.json_body import Bodies, BodyLimits, read_json
 from mlxvlm.server.metrics import Metrics, RequestMetrics
+from mlxvlm.server.operations import switch_routes
 from mlxvlm.server.pictures import Pictures
 from mlxvlm.server.registry import Registry
 from mlxvlm.server.request_log import RequestLog, note_usage
@@ -44,7 +45,7 @@ def assemble(registry: Registry, settings: ServerSettings) -> ASGIApp:
         fetch_picture=Pictures(settings).read,
         note_usage=note_usage,
         timed=metrics.timed,
-        routes=[metrics_route(metrics), *shown],
+        routes=[metrics_route(metrics), *switch_routes(registry, read_body), *shown],
     )
     # The page itself asks for the key.
     return protected(app, settings, metrics, OPEN_PATHS.union(route.path for route in shown))

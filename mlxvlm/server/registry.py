@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mlxvlm.agent.formats import ToolFormat
+from mlxvlm.api.operations import ModelState
 from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.stats import EngineStats
@@ -159,6 +160,12 @@ class Registry:
             }
             for slot in self._slots
         ]
+
+    def state(self, name: str) -> ModelState:
+        """What has become of a model. Raises UnknownModelError."""
+        slot = self._slot(name)
+        isq = slot.spec.options.isq
+        return ModelState(id=slot.spec.name, status=slot.status, isq=None if isq is None else str(isq))
 
     def figures(self) -> dict[str, EngineStats]:
         """Of the loaded models."""
