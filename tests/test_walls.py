@@ -40,7 +40,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
     "server": (
         {
-            *("server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
+            *("", "server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
             *("processors.sources", "processors.base", "api", "agent", "messages", "errors"),
         },
         {"starlette", "uvicorn", "h11", "httpx2", "prometheus_client", "pydantic"},

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlxvlm.server import page
+from mlxvlm.server import docs_page, page
 from mlxvlm.server.guard import OPEN_PATHS, Guard
 from mlxvlm.server.json_body import Bodies, BodyLimits, read_json
 from mlxvlm.server.metrics import Metrics, RequestMetrics
@@ -38,7 +38,8 @@ def assemble(registry: Registry, settings: ServerSettings) -> ASGIApp:
     async def read_body(request: Request) -> Any:
         return await read_json(request, limits, bodies)
 
-    shown = page.routes() if settings.shows_ui else []
+    described = docs_page.routes(has_key=settings.api_key is not None)
+    shown = [*described, *(page.routes() if settings.shows_ui else [])]
     app = create_app(
         registry,
         read_json=read_body,
@@ -47,7 +48,7 @@ def assemble(registry: Registry, settings: ServerSettings) -> ASGIApp:
         timed=metrics.timed,
         routes=[metrics_route(metrics), *switch_routes(registry, read_body), *shown],
     )
-    # The page itself asks for the key.
+    # The page itself asks for the key, and what is described there stands in every copy of this package.
     return protected(app, settings, metrics, OPEN_PATHS.union(route.path for route in shown))
 
 

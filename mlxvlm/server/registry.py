@@ -46,17 +46,9 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What a request holds. `tools`: how the model writes tool calls, None where that is not known."""
+    """What loading gives and a request holds. `tools`: how the model writes tool calls, None where that is not known."""
 
     name: str
-    engine: Engine
-    tools: ToolFormat | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What loading gives: an engine, and how its model writes tool calls."""
-
     engine: Engine
     tools: ToolFormat | None = None
 
@@ -70,7 +62,7 @@ class Loader(Protocol):
     def fits(self, spec: ModelSpec) -> bool:
         """Whether there is memory for one more model now."""
 
-    def load(self, spec: ModelSpec, progress: Progress) -> Loaded:
+    def load(self, spec: ModelSpec, progress: Progress) -> LoadedModel:
         """Raises what `progress` raises: that ends it early."""
 
 
@@ -317,7 +309,7 @@ class Registry:
             slot.done = (done, total)
             self._check_open()
 
-        loaded: Loaded = await self._in_pool(self._loader.load, slot.spec, report)
+        loaded: LoadedModel = await self._in_pool(self._loader.load, slot.spec, report)
         if self._closed:
             await asyncio.to_thread(loaded.engine.close)
             self._check_open()

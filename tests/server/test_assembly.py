@@ -15,7 +15,7 @@ import pytest
 from mlxvlm.server.registry import ModelSpec
 from mlxvlm.server.settings import ServerSettings
 from tests.fakes import FakeModel, FakeProcessor, eventually, fake_engine
-from tests.server.loaders import FakeLoader, Loaded
+from tests.server.loaders import FakeLoader, LoadedModel
 from tests.server.serving import client_of
 from tests.server.whole import Whole, whole
 
@@ -132,10 +132,10 @@ def test_the_page_asks_for_the_key_itself() -> None:
 class SlowLoader(FakeLoader):
     """Engines that give a token a hundredth of a second."""
 
-    def load(self, spec: Any, progress: Any) -> Loaded:
+    def load(self, spec: Any, progress: Any) -> LoadedModel:
         pause = threading.Event()
         self.engines.append(fake_engine(FakeModel(on_call=lambda x: (pause.wait(0.01), None)[1])))
-        return Loaded(self.engines[-1])
+        return LoadedModel(spec.name, self.engines[-1])
 
 
 def test_requests_that_the_end_cuts_off_are_told(caplog: pytest.LogCaptureFixture) -> None:
