@@ -46,7 +46,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What loading gives and a request holds. `tools`: how the model writes tool calls, None where that is not known."""
+    """What loading gives and a request holds. `tools`: how the model writes tool calls, None if that is not known."""
 
     name: str
     engine: Engine
