@@ -205,3 +205,16 @@ def test_without_a_format_tools_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
         chat_plan(body, DEFAULTS)
     assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize(("choice", "shown"), [("auto", {7}), ("none", set())])
+def test_markers_are_shown_to_a_parser_only(choice: str, shown: set[int]) -> None:
+    class Marked(ToyFormat):
+        visible_token_ids = frozenset([7])
+
+    body = parse(ChatCompletionRequest, {"messages": [USER], "tools": [LOOK], "tool_choice": choice})
+    plan = chat_plan(body, DEFAULTS, Marked())
+    sampling = plan.requests[0].sampling
+    assert sampling is not None
+    assert set(sampling.visible_token_ids) == shown
+    assert (plan.parser() is None) == (not shown)

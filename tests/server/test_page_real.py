@@ -26,7 +26,7 @@ def test_a_question_about_a_picture(chrome: Chrome) -> None:
         page.wait(lambda: page.texts("#model option") == ["demo"])
         page.attach(GOLDENS / "demo" / ITEM["images"][0])
         page.ask(question)
-        assert page.answers() == [ITEM["text"]]
+        assert page.answers() == [ITEM["text"].strip()]
         assert page.complaints() == []
         chrome.get(f"{server.url}/docs")
         assert "POST /v1/chat/completions" in chrome.page_source

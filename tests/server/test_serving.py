@@ -15,7 +15,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from mlxvlm.engine.params import SamplingParams
+from mlxvlm.engine.request import Request
 from mlxvlm.errors import ModelError, UsageError
+from mlxvlm.messages import user
 from mlxvlm.server import serving
 from mlxvlm.server.assembly import assemble
 from mlxvlm.server.registry import ModelSpec, Progress, Registry
@@ -321,7 +324,8 @@ def test_ports() -> None:
 def test_a_loader_has_what_the_protocol_asks() -> None:
     from mlxvlm.server.loading import CheckpointLoader
 
-    loader, spec = CheckpointLoader(), ModelSpec("demo", "demo", limits={"max_rows": 2})
+    limits = {"max_rows": 2, "speculation": "on", "prefix_cache_bytes": 0}
+    loader, spec = CheckpointLoader(), ModelSpec("demo", "demo", limits=limits, draft_model="demo")
     seen: list[tuple[int, int]] = []
     loader.check(spec)
     assert loader.fits(spec)
@@ -331,5 +335,7 @@ def test_a_loader_has_what_the_protocol_asks() -> None:
     assert loaded.tools is not None
     with loaded.engine as engine:
         assert engine.config.max_rows == 2
+        usage = engine.generate(Request([user("Hello!")], SamplingParams(max_tokens=20))).usage
+    assert usage.accepted_tokens > 10, "a model guesses its own words"
     assert seen
     assert json.dumps(seen)
