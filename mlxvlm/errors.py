@@ -122,5 +122,6 @@ class EngineClosedError(MlxvlmError):
 class OverloadedError(MlxvlmError):
     """More requests wait than the engine takes; try again later."""
 
-    http_status = 503
+    http_status = 429
+    code = "rate_limit_exceeded"
     retry_after_s: ClassVar[int] = 2  # a hint; HTTP's Retry-After

@@ -34,14 +34,14 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         {"ddgs", "httpx2", "mcp"},
     ),
     "api": (
-        {"api", "agent", "engine.params", "engine.request", "messages", "errors"},
+        {"api", "agent", "engine.params", "engine.request", "processors.base", "messages", "errors"},
         {"pydantic", "pydantic_core"},
     ),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
     "server": (
         {
-            *("server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
-            *("processors.sources", "api", "agent", "messages", "errors"),
+            *("", "server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
+            *("processors.sources", "processors.base", "api", "agent", "messages", "errors"),
         },
         {"starlette", "uvicorn", "h11", "httpx2", "prometheus_client", "pydantic"},
     ),

@@ -6,53 +6,53 @@ python tools/server_fields.py [--check]
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "server.md"
-_LIMITS = (("minimum", "from {}"), ("exclusiveMinimum", "above {}"), ("maximum", "to {}"), ("maxItems", "at most {}"))
 
 
-def type_of(schema: Mapping[str, Any]) -> str:
-    """A schema in a few words; null is possible everywhere and not told."""
-    if "$ref" in schema:
-        return "object"
-    if "const" in schema:
-        return f"`{str(schema['const']).lower()}`"
-    if "enum" in schema:
-        return ", ".join(f"`{each}`" for each in schema["enum"])
-    for key in ("anyOf", "oneOf"):
-        if key in schema:
-            kinds = [type_of(each) for each in schema[key] if each.get("type") != "null"]
-            return " or ".join(dict.fromkeys(kinds))
-    words = str(schema.get("type", "anything"))
-    if words == "array":
-        words = f"list of {_plural(type_of(schema['items']))}"
-    # Beyond a billion a limit is no one's concern.
-    limits = [text.format(_number(schema[key])) for key, text in _LIMITS if key in schema and abs(schema[key]) < 1e9]
-    return " ".join([words, *limits])
+def table(body: type[BaseModel], *first: str) -> str:
+    """The fields of a request's body; `first` come first, the others by name."""
+    from mlxvlm.api.describing import type_of
 
-
-def _number(value: float) -> str:
-    return f"{int(value) if value == int(value) else value:,}"
-
-
-def _plural(word: str) -> str:
-    """Of "string or object" as well."""
-    return " or ".join(each if "`" in each else f"{each}s" for each in dict.fromkeys(word.split(" or ")))
+    schema = body.model_json_schema()
+    names = sorted(schema["properties"], key=lambda name: (name not in first, name))
+    rows = [(name, schema["properties"][name]) for name in names]
+    told = [(name, each) for name, each in rows if not str(each.get("description")).startswith("Ignored")]
+    lines = [f"| `{name}` | {type_of(each)} | {each.get('description', '')} |" for name, each in told]
+    return "\n".join(["| field | type | meaning |", "|---|---|---|", *lines])
 
 
 def fields() -> str:
     from mlxvlm.api.schema import ChatCompletionRequest
 
-    schema = ChatCompletionRequest.model_json_schema()
-    names = sorted(schema["properties"], key=lambda name: (name not in ("messages", "model"), name))
-    rows = [(name, schema["properties"][name]) for name in names]
-    told = [(name, each) for name, each in rows if not str(each.get("description")).startswith("Ignored")]
-    lines = [f"| `{name}` | {type_of(each)} | {each.get('description', '')} |" for name, each in told]
-    return "\n".join(["| field | type | meaning |", "|---|---|---|", *lines])
+    return table(ChatCompletionRequest, "messages", "model")
+
+
+def completion_fields() -> str:
+    """Those that a chat does not have, or has otherwise."""
+    from mlxvlm.api.completions import CompletionRequest
+    from mlxvlm.api.sampling import SamplingFields
+
+    own = create_model(
+        "Own",
+        **{
+            name: (each.annotation, each)
+            for name, each in CompletionRequest.model_fields.items()
+            if name not in SamplingFields.model_fields
+        },
+    )
+    return table(own, "prompt", "model")
+
+
+def endpoints() -> str:
+    from mlxvlm.server.openapi import OPERATIONS
+
+    lines = [f"| `{each.method.upper()} {each.path}` | {each.summary} |" for each in OPERATIONS]
+    return "\n".join(["| endpoint | |", "|---|---|", *lines])
 
 
 def ignored() -> str:
@@ -71,9 +71,18 @@ def refused() -> str:
     )
 
 
+TABLES = {
+    "endpoints": endpoints,
+    "fields": fields,
+    "completion fields": completion_fields,
+    "ignored": ignored,
+    "refused": refused,
+}
+
+
 def filled(text: str) -> str:
     """The document with each table between its two marks anew."""
-    for name, make in (("fields", fields), ("ignored", ignored), ("refused", refused)):
+    for name, make in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         first, last = text.index(begin) + len(begin), text.index(end)
         text = f"{text[:first]}{make()}\n{text[last:]}"

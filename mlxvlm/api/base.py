@@ -20,6 +20,8 @@ REFUSED_FIELDS: Mapping[str, str] = {
     "prediction": "predicted outputs are not supported: leave it out",
     "functions": "it was replaced by tools: give tools=[{'type': 'function', 'function': {...}}]",
     "function_call": "it was replaced by tool_choice and tool_calls: use those",
+    "suffix": "these models go on with a text, they fill no gaps: leave it out",
+    "best_of": "answers are not ranked: ask for n of them",
     "moderation": "this server moderates nothing: leave it out",
 }
 

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from mlxvlm.agent.tools import CallDelta, NamedTool, Tool, ToolChoice
 from mlxvlm.api.messages import AssistantMessage, ChatMessage, ImageContent, ToolMessage, UserMessage
+from mlxvlm.api.sampling import SamplingFields
 from mlxvlm.api.schema import ChatCompletionRequest
-from mlxvlm.api.tools import JsonSchema, JsonSchemaFormat, ResponseFormat
+from mlxvlm.api.tools import GrammarFormat, JsonSchema, JsonSchemaFormat, ResponseFormat
 from mlxvlm.engine.params import Grammar, SamplingParams
 from mlxvlm.engine.request import Delta, Request
 from mlxvlm.errors import RequestError
@@ -79,7 +80,8 @@ def chat_plan(body: ChatCompletionRequest, defaults: SamplingParams, format: Too
     if format is not None and (tools or any(each.tool_calls or each.role == "tool" for each in messages)):
         messages = format.messages(messages, tools, choice)
         template |= format.variables(tools, choice)
-        sampling = replace(sampling, **_visible(format))
+        if tools and choice != "none":  # else nobody reads markers out of the text
+            sampling = replace(sampling, visible_token_ids=format.visible_token_ids)
         forced = format.grammar(tools, choice, body.parallel_tool_calls is not False)
     grammar = _grammar(body)
     if grammar is not None and tools and choice != "none":
@@ -89,9 +91,11 @@ def chat_plan(body: ChatCompletionRequest, defaults: SamplingParams, format: Too
         )
     sampling = replace(sampling, grammar=forced or grammar)
     options = ImageOptions(body.min_pixels, body.max_pixels)
-    request = Request(messages, sampling, template, options, timeout_s=body.timeout)
+    request = Request(
+        messages, sampling, template, options, timeout_s=body.timeout, truncate=bool(body.truncate_sequence)
+    )
     return ChatPlan(
-        tuple(_with_seed(request, index) for index in range(body.n or 1)),
+        tuple(with_seed(request, index) for index in range(body.n or 1)),
         format,
         () if choice == "none" else tools,
         forced is not None,
@@ -99,11 +103,8 @@ def chat_plan(body: ChatCompletionRequest, defaults: SamplingParams, format: Too
     )
 
 
-def _visible(format: ToolFormat) -> dict[str, Any]:
-    return {"visible_token_ids": format.visible_token_ids} if format.visible_token_ids else {}
-
-
-def _with_seed(request: Request, index: int) -> Request:
+def with_seed(request: Request, index: int) -> Request:
+    """Of the choice with that index."""
     sampling = request.sampling
     if not index or sampling is None or sampling.seed is None:
         return request
@@ -206,16 +207,23 @@ def _template(body: ChatCompletionRequest) -> dict[str, Any]:
 
 
 def _sampling(body: ChatCompletionRequest, defaults: SamplingParams) -> SamplingParams:
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return sampling_of(body, defaults, body.max_completion_tokens or body.max_tokens, top_logprobs)
+
+
+def sampling_of(
+    body: SamplingFields, defaults: SamplingParams, max_tokens: int | None, top_logprobs: int | None
+) -> SamplingParams:
+    """What the fields say that all endpoints share, without the grammar; None: as the checkpoint says."""
     given: dict[str, Any] = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
     if body.stop is not None:
         given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     if body.logit_bias is not None:
         given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    if body.logprobs:
-        given["top_logprobs"] = body.top_logprobs or 0
-    limit = body.max_completion_tokens or body.max_tokens
-    if limit is not None:
-        given["max_tokens"] = limit
+    if top_logprobs is not None:
+        given["top_logprobs"] = top_logprobs
+    if max_tokens is not None:
+        given["max_tokens"] = max_tokens
     return replace(defaults, **given)
 
 
@@ -225,9 +233,14 @@ def _grammar(body: ChatCompletionRequest) -> Grammar | None:
         return form
     if form is not None:
         raise RequestError("grammar and response_format both bind the answer: give one of them", "grammar")
-    if isinstance(body.grammar.value, Mapping) and body.grammar.type in ("regex", "lark"):
-        raise RequestError(f"a {body.grammar.type} grammar is text", "grammar.value", "invalid_type")
-    return Grammar(body.grammar.type, body.grammar.value)
+    return grammar_of(body.grammar)
+
+
+def grammar_of(given: GrammarFormat) -> Grammar:
+    """Raises RequestError."""
+    if isinstance(given.value, Mapping) and given.type in ("regex", "lark"):
+        raise RequestError(f"a {given.type} grammar is text", "grammar.value", "invalid_type")
+    return Grammar(given.type, given.value)
 
 
 def answer_grammar(form: ResponseFormat) -> Grammar | None:

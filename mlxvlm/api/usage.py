@@ -21,9 +21,21 @@ def together(usages: Sequence[request.Usage]) -> request.Usage:
     )
 
 
-def total_usage(usages: Sequence[request.Usage]) -> Usage:
-    """What is told of all choices together."""
-    first, spent = usages[0], together(usages)
+def of_prompts(usages: Sequence[request.Usage], n: int) -> request.Usage:
+    """Of several prompts side by side, with n choices each; choices of one prompt stand together."""
+    groups = [together(usages[start : start + n]) for start in range(0, len(usages), n)]
+    return replace(
+        together(groups),
+        prompt_tokens=sum(each.prompt_tokens for each in groups),
+        image_tokens=sum(each.image_tokens for each in groups),
+        cached_tokens=sum(each.cached_tokens for each in groups),
+    )
+
+
+def total_usage(usages: Sequence[request.Usage], n: int | None = None) -> Usage:
+    """What is told of all choices together; n: of each prompt, None where there is one prompt."""
+    spent = of_prompts(usages, n or len(usages))
+    firsts = usages[:: n or len(usages)]
     total_tokens = spent.prompt_tokens + spent.completion_tokens
     steps = sum(max(each.completion_tokens - 1, 0) for each in usages)
     return Usage(
@@ -33,7 +45,7 @@ def total_usage(usages: Sequence[request.Usage]) -> Usage:
         prompt_tokens_details=PromptTokensDetails(cached_tokens=spent.cached_tokens, image_tokens=spent.image_tokens),
         completion_tokens_details=CompletionTokensDetails(),
         avg_tok_per_sec=_rate(total_tokens, spent.total_s),
-        avg_prompt_tok_per_sec=first.prompt_tokens_per_s,
+        avg_prompt_tok_per_sec=_rate(spent.prompt_tokens - spent.cached_tokens, max(each.prompt_s for each in firsts)),
         avg_compl_tok_per_sec=_rate(steps, spent.completion_s),
         total_time_sec=spent.total_s,
         total_prompt_time_sec=spent.prompt_s,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvlm.cli.engine_options import max_memory_bytes
+from mlxvlm.cli.engine_options import add_engine_options, engine_options, max_memory_bytes
 from mlxvlm.cli.options import REQUANTIZE, add_model_options, add_quantisation_options, load_options
 from mlxvlm.errors import UsageError
 
@@ -26,11 +26,15 @@ API_KEY_VARIABLE = "MLXVLM_API_KEY"  # a secret: other users of a machine can re
 _KINDS = ("auto", "run", "text", "plain", "vision", "vision-plain", "multimodal")
 _NOT_IN_FILES = ("kind", "config")
 # Of one model: in [models.NAME] too, and beside one -m only where they name a file of it.
-_ONE_MODEL = ("mmproj", "from_uqff", "revision", "chat_template")
+_SOURCE = ("mmproj", "from_uqff", "revision", "chat_template")
+_ONE_MODEL = (*_SOURCE, "draft_model")
+_ENGINE = ("kv_bits", "kv_group_size", "context_shift", "prefix_cache", "prefix_cache_size", "no_speculation")
 _MODEL_DEFAULTS = {"dtype": "auto", "requantize": REQUANTIZE}
 _OF_MODELS = (
     *("model", "served_name", "dtype", "max_memory", "requantize", "isq", "isq_vision", "topology", "isq_cache"),
-    *("no_isq_cache", "max_rows", "max_queue", "max_images", "request_timeout", *_ONE_MODEL),
+    *("no_isq_cache", "max_rows", "max_queue", "max_images", "request_timeout", "draft_tokens"),
+    *_ENGINE,
+    *_ONE_MODEL,
 )
 # Field of ServerSettings -> flag.
 _SETTINGS = {
@@ -67,11 +71,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with these flags (see below)")
     add_model_options(parser, many=True)
     add_quantisation_options(parser)
+    add_engine_options(parser)
     _add_network_options(parser)
     _add_picture_options(parser)
     _add_limits(parser)
     parser.add_argument("--log-json", action="store_true", help="one JSON object for each line of the log")
-    parser.add_argument("--ui", action=argparse.BooleanOptionalAction, help="the page for browsers (default: on)")
+    parser.add_argument(
+        "--ui", action=argparse.BooleanOptionalAction, help="the page for browsers (default: for this machine only)"
+    )
     parser.add_argument("--enable-search", action="store_true", help="let requests ask for web search")
     # None and False stand for what is not given: the defaults come after the file.
     parser.set_defaults(unset=vars(parser.parse_args([])), parser=parser, execute=execute)
@@ -280,12 +287,16 @@ def _spec(name: str, model: str, flags: Mapping[str, Any]) -> ModelSpec:
         "max_images": args.max_images,
         "timeout_s": args.request_timeout,
         "max_memory_bytes": max_memory_bytes(args),
+        **engine_options(args),
     }
+    if args.draft_model is not None and args.no_speculation:
+        raise UsageError("--draft-model guesses, --no-speculation forbids it: leave one of them out")
     return ModelSpec(
         name,
         model,
         tuple(args.served_name or ()),
         load_options(args),
-        {key: flags[key] for key in _ONE_MODEL if flags[key] is not None},
+        {key: flags[key] for key in _SOURCE if flags[key] is not None},
         {key: value for key, value in limits.items() if value is not None},
+        args.draft_model,
     )

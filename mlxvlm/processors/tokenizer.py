@@ -120,6 +120,11 @@ class Tokenizer:
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=True)
         return text
 
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """The same with special tokens by their names."""
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, a special one for its own name; b"" for an id that there is not.
 

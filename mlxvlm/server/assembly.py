@@ -9,18 +9,22 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlxvlm.server.guard import Guard
+from mlxvlm.server import docs_page, page
+from mlxvlm.server.guard import OPEN_PATHS, Guard
 from mlxvlm.server.json_body import Bodies, BodyLimits, read_json
 from mlxvlm.server.metrics import Metrics, RequestMetrics
+from mlxvlm.server.operations import switch_routes
 from mlxvlm.server.pictures import Pictures
 from mlxvlm.server.registry import Registry
-from mlxvlm.server.request_log import RequestLog
+from mlxvlm.server.request_log import RequestLog, note_usage
 from mlxvlm.server.settings import ServerSettings
 
 
-def protected(app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> ASGIApp:
-    """The app behind its log, its counters and its guard, from the outside in."""
-    return RequestLog(RequestMetrics(Guard(app, settings), metrics))
+def protected(
+    app: ASGIApp, settings: ServerSettings, metrics: Metrics, open_paths: frozenset[str] = OPEN_PATHS
+) -> ASGIApp:
+    """The app behind its log, its counters and its guard, from the outside in. open_paths: those without a key."""
+    return RequestLog(RequestMetrics(Guard(app, settings, open_paths), metrics))
 
 
 def assemble(registry: Registry, settings: ServerSettings) -> ASGIApp:
@@ -34,13 +38,18 @@ def assemble(registry: Registry, settings: ServerSettings) -> ASGIApp:
     async def read_body(request: Request) -> Any:
         return await read_json(request, limits, bodies)
 
+    described = docs_page.routes(has_key=settings.api_key is not None)
+    shown = [*described, *(page.routes() if settings.shows_ui else [])]
     app = create_app(
         registry,
         read_json=read_body,
         fetch_picture=Pictures(settings).read,
-        routes=[metrics_route(metrics)],
+        note_usage=note_usage,
+        timed=metrics.timed,
+        routes=[metrics_route(metrics), *switch_routes(registry, read_body), *shown],
     )
-    return protected(app, settings, metrics)
+    # The page itself asks for the key, and what is described there stands in every copy of this package.
+    return protected(app, settings, metrics, OPEN_PATHS.union(route.path for route in shown))
 
 
 def metrics_route(metrics: Metrics) -> Route:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mlxvlm.agent.formats import tool_format
 from mlxvlm.checkpoint.load import open_model
-from mlxvlm.engine.engine import Engine
 from mlxvlm.errors import ModelError
 from mlxvlm.runner import start
-from mlxvlm.server.registry import ModelSpec, Progress
+from mlxvlm.server.registry import LoadedModel, ModelSpec, Progress
 
 _ROOM_FOR_ROWS = 1.2  # times the weights: keys, values and what is computed with
 
@@ -34,6 +34,8 @@ class CheckpointLoader:
         room = budget - device.memory().active_bytes
         return max(need.weights_bytes * _ROOM_FOR_ROWS, need.loading_bytes) <= room
 
-    def load(self, spec: ModelSpec, progress: Progress) -> Engine:
+    def load(self, spec: ModelSpec, progress: Progress) -> LoadedModel:
         source = open_model(spec.model, **spec.source)
-        return start(source, spec.options, progress, **spec.limits)
+        draft = None if spec.draft_model is None else open_model(spec.draft_model)
+        tools = tool_format(source.processor.template, source.processor.tokenizer)
+        return LoadedModel(spec.name, start(source, spec.options, progress, draft_model=draft, **spec.limits), tools)

@@ -6,7 +6,7 @@ Labels have few values: routes as they are declared, models as they are served.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import TypeAlias, cast
 
@@ -78,7 +78,7 @@ class Metrics:
         if usage.completion_tokens:
             self.first_token_s.labels(model).observe(usage.time_to_first_token_s)
 
-    async def timed(self, model: str, stream: Stream) -> AsyncIterator[Delta]:
+    async def timed(self, model: str, stream: Stream) -> AsyncGenerator[Delta, None]:
         """The stream's Deltas, with the time between those that bring tokens observed and the usage counted.
 
         Closing it cancels the stream, as leaving `async for` over the stream itself does.
@@ -164,6 +164,8 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
 _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("decode_steps", "Decode steps", lambda stats: stats.steps),
     ("generated_tokens", "Tokens that were sampled", lambda stats: stats.generated_tokens),
+    ("drafted_tokens", "Tokens that were guessed", lambda stats: stats.drafted_tokens),
+    ("accepted_tokens", "Of the generated ones, those that were guessed", lambda stats: stats.accepted_tokens),
     ("encoded_images", "Pictures that went through the vision tower", lambda stats: stats.encoded_images),
     ("prefix_cache_hits", "Prompts with a known beginning", lambda stats: stats.prefix_cache.hits),
     ("prefix_cache_misses", "Prompts without", lambda stats: stats.prefix_cache.misses),

@@ -14,10 +14,11 @@ from starlette.responses import Response
 from mlxvlm.api.answers import ModelCard, ModelList
 from mlxvlm.api.plan import ToolFormat
 from mlxvlm.engine.engine import Engine
-from mlxvlm.errors import ModelNotFoundError
+from mlxvlm.errors import UnknownModelError
 from mlxvlm.server.replies import json_reply
 
 DEFAULT = "default"  # names the first model
+_SHOWN_CHARS = 100  # of a name that is unknown
 
 
 class LoadedModel(Protocol):
@@ -37,10 +38,16 @@ class Models(Protocol):
     """All models that requests can name."""
 
     def acquire(self, name: str | None) -> AbstractAsyncContextManager[LoadedModel]:
-        """The model of that name, loaded; None and "default" are the first. Raises ModelNotFoundError."""
+        """The model of that name, loaded; None and "default" are the first. Raises UnknownModelError."""
         ...
 
-    def cards(self) -> Sequence[ModelCard]: ...
+    def resolve(self, name: str) -> str:
+        """The served name behind a name. Raises UnknownModelError."""
+        ...
+
+    def cards(self) -> Sequence[ModelCard]:
+        """The default model first."""
+        ...
 
     @property
     def is_ready(self) -> bool:
@@ -59,10 +66,15 @@ class SingleModel:
 
     @asynccontextmanager
     async def acquire(self, name: str | None) -> AsyncIterator[LoadedModel]:
-        """Itself. Raises ModelNotFoundError for another's name."""
-        if name not in (None, DEFAULT, self.name):
-            raise _not_found(str(name), self.cards())
+        """Itself. Raises UnknownModelError for another's name."""
+        self.resolve(DEFAULT if name is None else name)
         yield self
+
+    def resolve(self, name: str) -> str:
+        """Its name. Raises UnknownModelError for another's."""
+        if name not in (DEFAULT, self.name):
+            raise UnknownModelError(f"there is no model {name[:_SHOWN_CHARS]!r} here: name {self.name} or {DEFAULT!r}")
+        return self.name
 
     def cards(self) -> Sequence[ModelCard]:
         return [ModelCard(id=self.name, created=self.created)]
@@ -70,11 +82,6 @@ class SingleModel:
     @property
     def is_ready(self) -> bool:
         return True
-
-
-def _not_found(name: str, cards: Sequence[ModelCard]) -> ModelNotFoundError:
-    known = ", ".join(card.id for card in cards)
-    return ModelNotFoundError(f"there is no model {name[:200]!r} here: name one of {known}, or {DEFAULT!r}")
 
 
 class ModelRoutes:
@@ -89,11 +96,8 @@ class ModelRoutes:
 
     async def one(self, request: Request) -> Response:
         """One of them; ids may hold slashes."""
-        name, cards = request.path_params["id"], self._models.cards()
-        for card in cards[:1] if name == DEFAULT else cards:
-            if name in (DEFAULT, card.id):
-                return json_reply(card)
-        raise _not_found(name, cards)
+        name = self._models.resolve(request.path_params["id"])
+        return json_reply(next(card for card in self._models.cards() if card.id == name))
 
     async def health(self, request: Request) -> Response:
         """503 while the first model is loading, then 200."""

@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from mlxvlm.agent.formats import ToolFormat
+from mlxvlm.api.operations import ModelState
 from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.stats import EngineStats
@@ -39,15 +41,16 @@ class ModelSpec:
     options: LoadOptions = field(default_factory=LoadOptions)
     source: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
+    draft_model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What a request holds. `tools`: how the model writes tool calls, None where it has no format of its own."""
+    """What loading gives and a request holds. `tools`: how the model writes tool calls, None if that is not known."""
 
     name: str
     engine: Engine
-    tools: Any = None
+    tools: ToolFormat | None = None
 
 
 class Loader(Protocol):
@@ -59,7 +62,7 @@ class Loader(Protocol):
     def fits(self, spec: ModelSpec) -> bool:
         """Whether there is memory for one more model now."""
 
-    def load(self, spec: ModelSpec, progress: Progress) -> Engine:
+    def load(self, spec: ModelSpec, progress: Progress) -> LoadedModel:
         """Raises what `progress` raises: that ends it early."""
 
 
@@ -69,6 +72,7 @@ class _Slot:
 
     spec: ModelSpec
     engine: Engine | None = None
+    tools: ToolFormat | None = None  # the engine's
     holders: int = 0  # requests that run on it
     waiting: int = 0  # requests that wait for it to be loaded
     leaving: bool = False  # it is about to be unloaded: no new holders
@@ -149,6 +153,12 @@ class Registry:
             for slot in self._slots
         ]
 
+    def state(self, name: str) -> ModelState:
+        """What has become of a model. Raises UnknownModelError."""
+        slot = self._slot(name)
+        isq = slot.spec.options.isq
+        return ModelState(id=slot.spec.name, status=slot.status, isq=None if isq is None else str(isq))
+
     def figures(self) -> dict[str, EngineStats]:
         """Of the loaded models."""
         return {slot.spec.name: slot.engine.stats() for slot in self._slots if slot.engine is not None}
@@ -190,7 +200,7 @@ class Registry:
             self._tell()
         slot.holders += 1  # no await since it was looked at
         try:
-            yield LoadedModel(slot.spec.name, engine)
+            yield LoadedModel(slot.spec.name, engine, slot.tools)
         finally:
             slot.holders -= 1
             slot.last_used = self._clock()
@@ -299,11 +309,12 @@ class Registry:
             slot.done = (done, total)
             self._check_open()
 
-        engine = await self._in_pool(self._loader.load, slot.spec, report)
+        loaded: LoadedModel = await self._in_pool(self._loader.load, slot.spec, report)
         if self._closed:
-            await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(loaded.engine.close)
             self._check_open()
-        slot.engine, slot.error, slot.last_used = engine, None, self._clock()
+        slot.engine, slot.tools = loaded.engine, loaded.tools
+        slot.error, slot.last_used = None, self._clock()
         self.is_ready = True
         _log.info("%s is loaded after %.1f s", slot.spec.name, slot.last_used - begun)
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxvlm.errors import EngineClosedError, UsageError
+from mlxvlm.server.refusals import send_error
 from mlxvlm.server.registry import Registry
 from mlxvlm.server.settings import ServerSettings
 
@@ -31,6 +32,7 @@ _LIMITS_S = {"head": 15.0, "rest": 15.0, "write": 60.0}
 _OTHER_FILES = 256  # weights, pictures, connections of our own
 _MAX_HEAD_BYTES = 32 << 10
 _INTERRUPTED = 130
+_LAST_WORDS_S = 2.0  # after the engines' end, for what is then said of the requests that were cut off
 _log = logging.getLogger("mlxvlm.server")
 
 
@@ -74,7 +76,9 @@ async def serve(
 
     The socket answers at once (/health: 503); `on_ready` is called when the first model is loaded.
     """
-    server = _Server(_config(app, settings), registry.refuse)
+    closing: list[asyncio.Task[None]] = []
+    # Side by side with the connections' end: requests that are cut off still get to say so.
+    server = _Server(_config(app, settings), lambda: closing.append(asyncio.create_task(registry.close())))
     registry.start()
     serving = asyncio.create_task(server.serve([listener]))
     loading = asyncio.create_task(registry.load())
@@ -89,8 +93,10 @@ async def serve(
         await serving
     finally:
         server.should_exit = True
-        await registry.close()
+        registry.refuse()
         await asyncio.wait({serving, loading})
+        await asyncio.gather(*closing)
+        await registry.close()  # of a server that never began
     error = None if loading.cancelled() else loading.exception()
     if error is not None and not isinstance(error, EngineClosedError):
         raise error
@@ -99,7 +105,7 @@ async def serve(
 def _config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
     # Nothing is looked for: which parser or loop happens to be installed must not change what is accepted.
     return uvicorn.Config(
-        app,
+        _answering_to_the_end(app),
         http=_Connection,
         loop="asyncio",
         ws="none",
@@ -111,9 +117,31 @@ def _config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
         backlog=_BACKLOG,
         limit_concurrency=settings.max_connections,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=settings.drain_s,  # type: ignore[arg-type]  # it goes to wait_for as it is
+        timeout_graceful_shutdown=settings.drain_s + _LAST_WORDS_S,  # type: ignore[arg-type]  # it goes to wait_for as it is
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
     )
+
+
+def _answering_to_the_end(app: ASGIApp) -> ASGIApp:
+    """Nobody but uvicorn cancels a request, at the last deadline, and then logs a traceback for each."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if not started:
+                await send_error(send, 503, "the server is shutting down")
+
+    return answer
 
 
 class _Server(uvicorn.Server):

@@ -32,7 +32,7 @@ class ServerSettings:
     idle_unload_s: float | None = None
     drain_s: float = 30.0  # for running requests at the end, and before a model is unloaded
     log_json: bool = False
-    ui: bool = True
+    ui: bool | None = None  # the page; None: where only this machine can connect
     enable_search: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +54,10 @@ class ServerSettings:
             raise UsageError(f"--drain is a number of seconds, not {self.drain_s:g}")
         if self.image_root is not None and not self.image_root.is_dir():
             raise UsageError(f"--image-root {os.fsdecode(self.image_root)} is no folder")
+
+    @property
+    def shows_ui(self) -> bool:
+        return self.is_loopback if self.ui is None else self.ui
 
     @property
     def is_loopback(self) -> bool:

@@ -21,6 +21,7 @@ from mlxvlm.errors import UsageError
 from mlxvlm.server.registry import ModelSpec
 from mlxvlm.server.settings import ServerSettings
 
+ENGINE = {"kv_group_size": 64, "context_shift": False}  # what is always told
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -45,7 +46,7 @@ def test_defaults() -> None:
     settings, specs = read("-m", "demo")
     assert settings == ServerSettings()
     assert [(spec.name, spec.model, spec.aliases) for spec in specs] == [("demo", "demo", ())]
-    assert (specs[0].source, specs[0].limits) == ({}, {})
+    assert (specs[0].source, specs[0].limits) == ({}, ENGINE)
     assert (specs[0].options.dtype, specs[0].options.isq, specs[0].options.requantize) == ("auto", None, "8@32")
 
 
@@ -91,8 +92,35 @@ def test_limits_of_the_engine() -> None:
         "max_images": 5,
         "timeout_s": 6,
         "max_memory_bytes": 2_000_000_000,
+        **ENGINE,
     }
     assert spec.source == {"revision": "main"}
+
+
+def test_flags_of_the_engine(tmp_path: Path) -> None:
+    flags = ("--kv-bits", "8", "--kv-group-size", "32", "--context-shift", "--draft-model", "small")
+    cache = ("--prefix-cache", str(tmp_path), "--prefix-cache-size", "2")
+    _, [spec] = read("-m", "demo", *flags, *cache, "--draft-tokens", "3")
+    assert spec.draft_model == "small"
+    assert spec.limits == {
+        "kv_bits": 8,
+        "kv_group_size": 32,
+        "context_shift": True,
+        "prefix_cache_dir": tmp_path,
+        "prefix_cache_dir_bytes": 2_000_000_000,
+        "speculation": "on",
+        "max_draft_tokens": 3,
+    }
+    text = 'kv-bits = 8\nno-speculation = true\n[models.a]\nmodel = "demo"\nkv-bits = 4\n[models.b]\nmodel = "demo"\n'
+    _, [first, second] = read("--config", config(tmp_path, text))
+    assert (first.limits["kv_bits"], second.limits["kv_bits"]) == (4, 8)
+    assert {spec.limits["speculation"] for spec in (first, second)} == {"off"}
+    with pytest.raises(UsageError, match="leave one of them out"):
+        read("-m", "demo", "--draft-model", "small", "--no-speculation")
+    with pytest.raises(UsageError, match="--prefix-cache-size limits a folder"):
+        read("-m", "demo", "--prefix-cache-size", "2")
+    with pytest.raises(UsageError, match="--draft-model is of one model"):
+        read("-m", "demo", "-m", "b=demo", "--draft-model", "small")
 
 
 def test_several_models(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_a_full_queue_refuses() -> None:
         assert ids_of(running.result()) == answer([1, 2], 5)
         assert ids_of(waiting[0].result()) == answer([4, 3], 5)
         assert ids_of(engine.generate(ask([6], 5))) == answer([6], 5)
-    assert OverloadedError.http_status == 503
+    assert OverloadedError.http_status == 429
     assert OverloadedError.retry_after_s > 0
 
 

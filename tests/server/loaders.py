@@ -11,7 +11,7 @@ from mlxvlm.engine.engine import Engine
 from mlxvlm.errors import (
     UsageError,
 )
-from mlxvlm.server.registry import ModelSpec, Progress, Registry
+from mlxvlm.server.registry import LoadedModel, ModelSpec, Progress, Registry
 from tests.fakes import fake_engine
 
 
@@ -26,6 +26,7 @@ class FakeLoader:
         self.loaded: list[str] = []
         self.recipes: list[Any] = []
         self.engines: list[Engine] = []
+        self.tools: Any = None
         self.at_once = self.most_at_once = 0
 
     def check(self, spec: ModelSpec) -> None:
@@ -39,7 +40,7 @@ class FakeLoader:
     def fits(self, spec: ModelSpec) -> bool:
         return self.alive < self.room
 
-    def load(self, spec: ModelSpec, progress: Progress) -> Engine:
+    def load(self, spec: ModelSpec, progress: Progress) -> LoadedModel:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -53,7 +54,7 @@ class FakeLoader:
             self.recipes.append(spec.options.isq)
             assert self.alive < self.room or self.room == 9
             self.engines.append(fake_engine())
-            return self.engines[-1]
+            return LoadedModel(spec.name, self.engines[-1], self.tools)
         finally:
             self.at_once -= 1
 

@@ -210,9 +210,9 @@ def test_too_many_requests_are_told_when_to_come_back() -> None:
         assert gate.entered.wait(20)
         second = connected(url, body_of())
         assert eventually(lambda: (engine.stats().running, engine.stats().waiting) == (1, 1))
-        with pytest.raises(openai.InternalServerError) as caught:
+        with pytest.raises(openai.RateLimitError) as caught:
             client.chat.completions.create(model="fake", n=2, **body_of())
-        assert caught.value.status_code == 503
+        assert (caught.value.type, caught.value.code) == ("rate_limit_error", "rate_limit_exceeded")
         assert caught.value.response.headers["retry-after"] == "2"
         gate.opened.set()
         for connection in (first, second):

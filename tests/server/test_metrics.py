@@ -70,11 +70,11 @@ def test_in_flight() -> None:
 
 
 def test_engines() -> None:
-    caches = {"prefix_cache": CacheStats(4, 5, 6, 70), "feature_cache": CacheStats(1, 2, 3, 40)}
-    stats = EngineStats(2, 3, 100, 50, 25, 9, 11, **caches, encoded_images=8)
+    stats = EngineStats(2, 3, 100, 50, 25, 9, 11, 6, 4, CacheStats(4, 5, 6, 70), CacheStats(1, 2, 3, 40), 8)
     metrics = Metrics(lambda: {"a": stats, 'odd"\n': EngineStats()}, lambda: {"active": 10, "peak": 20})
     found = figures(metrics)
     assert found["mlxvlm_running_requests{a}"] == 2
+    assert (found["mlxvlm_drafted_tokens_total{a}"], found["mlxvlm_accepted_tokens_total{a}"]) == (6, 4)
     assert found["mlxvlm_waiting_requests{a}"] == 3
     assert found["mlxvlm_reserved_bytes{a}"] == 25
     assert found["mlxvlm_prefix_cache_bytes{a}"] == 70

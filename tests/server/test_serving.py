@@ -15,8 +15,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from mlxvlm.engine.engine import Engine
+from mlxvlm.engine.params import SamplingParams
+from mlxvlm.engine.request import Request
 from mlxvlm.errors import ModelError, UsageError
+from mlxvlm.messages import user
 from mlxvlm.server import serving
 from mlxvlm.server.assembly import assemble
 from mlxvlm.server.registry import ModelSpec, Progress, Registry
@@ -322,14 +324,18 @@ def test_ports() -> None:
 def test_a_loader_has_what_the_protocol_asks() -> None:
     from mlxvlm.server.loading import CheckpointLoader
 
-    loader, spec = CheckpointLoader(), ModelSpec("demo", "demo", limits={"max_rows": 2})
+    limits = {"max_rows": 2, "speculation": "on", "prefix_cache_bytes": 0}
+    loader, spec = CheckpointLoader(), ModelSpec("demo", "demo", limits=limits, draft_model="demo")
     seen: list[tuple[int, int]] = []
     loader.check(spec)
     assert loader.fits(spec)
     assert not loader.fits(ModelSpec("none", "/no/such/folder"))
     report: Progress = lambda done, total: seen.append((done, total))  # noqa: E731 - a Progress
-    engine: Engine = loader.load(spec, report)
-    with engine:
+    loaded = loader.load(spec, report)
+    assert loaded.tools is not None
+    with loaded.engine as engine:
         assert engine.config.max_rows == 2
+        usage = engine.generate(Request([user("Hello!")], SamplingParams(max_tokens=20))).usage
+    assert usage.accepted_tokens > 10, "a model guesses its own words"
     assert seen
     assert json.dumps(seen)
