@@ -79,7 +79,8 @@ def chat_plan(body: ChatCompletionRequest, defaults: SamplingParams, format: Too
     if format is not None and (tools or any(each.tool_calls or each.role == "tool" for each in messages)):
         messages = format.messages(messages, tools, choice)
         template |= format.variables(tools, choice)
-        sampling = replace(sampling, **_visible(format))
+        if tools and choice != "none":  # else nobody reads markers out of the text
+            sampling = replace(sampling, visible_token_ids=format.visible_token_ids)
         forced = format.grammar(tools, choice, body.parallel_tool_calls is not False)
     grammar = _grammar(body)
     if grammar is not None and tools and choice != "none":
@@ -89,7 +90,9 @@ def chat_plan(body: ChatCompletionRequest, defaults: SamplingParams, format: Too
         )
     sampling = replace(sampling, grammar=forced or grammar)
     options = ImageOptions(body.min_pixels, body.max_pixels)
-    request = Request(messages, sampling, template, options, timeout_s=body.timeout)
+    request = Request(
+        messages, sampling, template, options, timeout_s=body.timeout, truncate=bool(body.truncate_sequence)
+    )
     return ChatPlan(
         tuple(_with_seed(request, index) for index in range(body.n or 1)),
         format,
@@ -97,10 +100,6 @@ def chat_plan(body: ChatCompletionRequest, defaults: SamplingParams, format: Too
         forced is not None,
         1 if body.parallel_tool_calls is False else None,
     )
-
-
-def _visible(format: ToolFormat) -> dict[str, Any]:
-    return {"visible_token_ids": format.visible_token_ids} if format.visible_token_ids else {}
 
 
 def _with_seed(request: Request, index: int) -> Request:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 from mlxvlm.engine.request import Delta, Request
 from mlxvlm.engine.stream import Stream
@@ -36,14 +37,25 @@ class Submitter(Protocol):
 Arrived: TypeAlias = list[tuple[int, Delta]]
 
 
+Counted: TypeAlias = Callable[[Stream], AsyncGenerator[Delta, None]]
+
+
+def _deltas(stream: Stream) -> AsyncGenerator[Delta, None]:
+    return cast("AsyncGenerator[Delta, None]", aiter(stream))
+
+
 class Answering:
     """All choices of one request at once, from `async with` to its end; what still runs then is cancelled.
 
     Raises what submitting raises, TimeoutError at the end of the block when the reader was cut off.
     """
 
-    def __init__(self, engine: Submitter, requests: Sequence[Request], patience: Patience) -> None:
+    def __init__(
+        self, engine: Submitter, requests: Sequence[Request], patience: Patience, counted: Counted | None = None
+    ) -> None:
+        """counted: stands between a stream and its reader."""
         self._engine, self._requests, self._patience = engine, requests, patience
+        self._counted: Counted = counted or _deltas
         self._streams: list[Stream] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._arrived: deque[tuple[int, Delta | MlxvlmError]] = deque()
@@ -89,9 +101,9 @@ class Answering:
         return True
 
     @property
-    def prompt_token_ids(self) -> tuple[int, ...] | None:
-        """The same for all choices; None before it is prepared."""
-        return self._streams[0].prompt_token_ids
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Token ids of the requests' prompts, when they are prepared."""
+        return [stream.prompt_token_ids or () for stream in self._streams]
 
     async def __aiter__(self) -> AsyncIterator[Arrived]:
         """All that has come, in order; an empty list after keep_alive_s of silence. Raises a choice's error."""
@@ -129,8 +141,9 @@ class Answering:
             await stream.prepared()
             self._unprepared -= 1
             self._something.set()
-            async for delta in stream:
-                self._put(index, delta)
+            async with aclosing(self._counted(stream)) as deltas:
+                async for delta in deltas:
+                    self._put(index, delta)
         except MlxvlmError as error:
             self._put(index, error)
 

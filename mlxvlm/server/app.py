@@ -15,7 +15,8 @@ from starlette.routing import BaseRoute, Route
 
 from mlxvlm.errors import MlxvlmError, RequestError
 from mlxvlm.server.answering import Patience
-from mlxvlm.server.chat_completions import ChatCompletions, Doors, FetchPicture, NoteUsage, ReadJSON
+from mlxvlm.server.chat_completions import ChatCompletions
+from mlxvlm.server.doors import Doors, FetchPicture, NoteUsage, ReadJSON, Timed
 from mlxvlm.server.models import ModelRoutes, Models
 from mlxvlm.server.replies import error_reply
 
@@ -41,6 +42,7 @@ def create_app(
     read_json: ReadJSON = read_json,
     fetch_picture: FetchPicture = any_picture,
     note_usage: NoteUsage = lambda scope, model, usage: None,
+    timed: Timed | None = None,
     middleware: Sequence[Middleware] = (),
     routes: Sequence[BaseRoute] = (),
     patience: Patience | None = None,
@@ -48,10 +50,10 @@ def create_app(
     """An ASGI application over these models.
 
     read_json: a request's body -> its value, within limits. fetch_picture: an image_url's text -> bytes, after the
-    server's policy. note_usage: told of each answer, for a log. middleware: pure ASGI, outermost first. routes: more
-    endpoints. patience: waiting times and bounds.
+    server's policy. note_usage: told of each answer, for a log; timed: stands between streams and their readers, to
+    count. middleware: pure ASGI, outermost first. routes: more endpoints. patience: waiting times and bounds.
     """
-    doors = Doors(models, read_json, fetch_picture, patience or Patience(), note_usage)
+    doors = Doors(models, read_json, fetch_picture, patience or Patience(), note_usage, timed)
     about = ModelRoutes(models)
     own = [
         Route("/v1/chat/completions", ChatCompletions(doors), methods=["POST"]),

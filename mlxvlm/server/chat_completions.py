@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
 
+from pydantic import BaseModel
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
-from mlxvlm.api.answers import ChatCompletion
 from mlxvlm.api.assemble import ChatAssembler, ChoiceAssembler
 from mlxvlm.api.base import parse
 from mlxvlm.api.plan import ChatPlan, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
-from mlxvlm.api.truncate import truncated
 from mlxvlm.api.usage import together
-from mlxvlm.engine.engine import Engine
-from mlxvlm.engine.request import Request, Usage
-from mlxvlm.errors import ContextLengthError, MlxvlmError
-from mlxvlm.messages import ImagePart, Message
-from mlxvlm.server.answering import Answering, Arrived, Patience
+from mlxvlm.engine.request import Delta, Usage
 from mlxvlm.server.connection import unless_gone
-from mlxvlm.server.models import LoadedModel, Models
-from mlxvlm.server.replies import error_body, log_failure, send_at_once
-from mlxvlm.server.sse import DONE, KEEP_ALIVE, frame, send_events
+from mlxvlm.server.doors import Doors
+from mlxvlm.server.models import LoadedModel
+from mlxvlm.server.outgoing import Reply
 
 _log = logging.getLogger(__name__)
-
-_ANSWER_PART = 4  # of the context: a fourth is kept free for the answer, where a chat is truncated
-
-ReadJSON: TypeAlias = Callable[[HTTPRequest], Awaitable[Any]]
-FetchPicture: TypeAlias = Callable[[str], Awaitable[Any]]  # an image_url's text -> what processors take
-NoteUsage: TypeAlias = Callable[[Scope, str, Usage], None]  # the model's name, and what all choices took
-
-
-@dataclass(frozen=True, slots=True)
-class Doors:
-    """What every endpoint works with."""
-
-    models: Models
-    read_json: ReadJSON
-    fetch_picture: FetchPicture
-    patience: Patience
-    note_usage: NoteUsage
 
 
 class ChatCompletions:
@@ -66,65 +42,44 @@ class ChatCompletions:
         doors = self._doors
         async with doors.models.acquire(body.model) as model:
             plan = chat_plan(body, model.engine.config.sampling, model.tools)
-            requests = await with_pictures(plan.requests, doors.fetch_picture)
-            if body.truncate_sequence:
-                requests = await asyncio.to_thread(fitting, model.engine, requests)
-            async with Answering(model.engine, requests, doors.patience) as answering:
-                is_prepared = await answering.prepared()
+            requests = await doors.with_pictures(plan.requests)
+            async with doors.answering(model, requests) as answering:
                 note = partial(doors.note_usage, scope, model.name)
-                reply = _Reply(body, chat_assembler(body, plan, model), answering, note)
-                if body.stream:
-                    await send_events(send, reply.events(is_prepared), doors.patience.send_timeout_s)
-                else:
-                    await send_at_once(send, await reply.whole())
+                reply = Reply(_Chat(body, chat_assembler(body, plan, model)), answering, note)
+                await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))
 
 
 @dataclass(frozen=True, slots=True)
-class _Reply:
-    """One request's answer on its way out."""
+class _Chat:
+    """An Assembler: what the request wants to be told."""
 
     body: ChatCompletionRequest
     assembler: ChatAssembler
-    answering: Answering
-    note: Callable[[Usage], None]
 
-    async def whole(self) -> ChatCompletion:
-        """Raises the error of any choice."""
-        deltas: Arrived = []
-        async for arrived in self.answering:
-            deltas += arrived
-        completion = self.assembler.whole(
+    def begin(self, prompts: Sequence[tuple[int, ...]]) -> Iterable[BaseModel]:
+        return self.assembler.first(self._shown(prompts))
+
+    def feed(self, index: int, delta: Delta) -> Iterable[BaseModel]:
+        return self.assembler.feed(index, delta)
+
+    def end(self) -> Iterable[BaseModel]:
+        options = self.body.stream_options
+        return [self.assembler.last()] if options is not None and options.include_usage else []
+
+    def whole(self, prompts: Sequence[tuple[int, ...]], deltas: Iterable[tuple[int, Delta]]) -> BaseModel:
+        return self.assembler.whole(
             deltas,
-            self._prompt_token_ids(),
+            self._shown(prompts),
             with_logprobs=bool(self.body.logprobs),
             with_token_ids=bool(self.body.return_token_ids),
         )
-        self.note(together(self.assembler.usages))
-        return completion
 
-    async def events(self, is_prepared: bool) -> AsyncGenerator[bytes, None]:
-        """An error becomes an event, which ends the stream."""
-        try:
-            while not is_prepared:
-                yield KEEP_ALIVE
-                is_prepared = await self.answering.prepared()
-            yield b"".join(map(frame, self.assembler.first(self._prompt_token_ids())))
-            async for arrived in self.answering:
-                chunks = [chunk for index, delta in arrived for chunk in self.assembler.feed(index, delta)]
-                if chunks or not arrived:
-                    yield b"".join(map(frame, chunks)) or KEEP_ALIVE
-        except MlxvlmError as error:
-            log_failure(error)
-            yield frame(error_body(error)) + DONE
-            return
-        # Before the last write: after it, the client may be gone.
-        self.note(together(self.assembler.usages))
-        options = self.body.stream_options
-        usage = frame(self.assembler.last()) if options is not None and options.include_usage else b""
-        yield usage + DONE
+    @property
+    def usage(self) -> Usage:
+        return together(self.assembler.usages)
 
-    def _prompt_token_ids(self) -> tuple[int, ...] | None:
-        return self.answering.prompt_token_ids if self.body.return_token_ids else None
+    def _shown(self, prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+        return prompts[0] if self.body.return_token_ids else None
 
 
 def chat_assembler(body: ChatCompletionRequest, plan: ChatPlan, model: LoadedModel) -> ChatAssembler:
@@ -142,35 +97,3 @@ def chat_assembler(body: ChatCompletionRequest, plan: ChatPlan, model: LoadedMod
         for index in range(len(plan.requests))
     ]
     return ChatAssembler(choices, model.name)
-
-
-async def with_pictures(requests: tuple[Request, ...], fetch_picture: FetchPicture) -> tuple[Request, ...]:
-    """The requests of one plan, which share their messages, with their pictures fetched, each once."""
-    fetched: dict[str, Any] = {}
-    messages: list[Message] = []
-    for message in requests[0].messages:
-        for image in message.images:
-            if image.source not in fetched:
-                fetched[image.source] = await fetch_picture(image.source)
-        parts = tuple(
-            ImagePart(fetched[part.source]) if isinstance(part, ImagePart) else part for part in message.parts
-        )
-        messages.append(replace(message, parts=parts) if message.images else message)
-    return tuple(replace(request, messages=messages) for request in requests)
-
-
-def fitting(engine: Engine, requests: tuple[Request, ...]) -> tuple[Request, ...]:
-    """The requests of one plan without the turns that the context has no room for."""
-    first, max_context = requests[0], engine.config.max_context
-    wanted = None if first.sampling is None else first.sampling.max_tokens
-    room = min(wanted or max_context, max_context // _ANSWER_PART)
-
-    def fits(messages: Sequence[Message]) -> bool:
-        try:
-            prompt = engine.processor(messages, first.template, first.image_options)
-        except ContextLengthError:
-            return False
-        return len(prompt.token_ids) + room <= max_context
-
-    messages = truncated(first.messages, fits)
-    return tuple(replace(request, messages=messages) for request in requests)

@@ -12,7 +12,6 @@ from mlxvlm.agent.tools import NamedTool
 from mlxvlm.api.base import parse
 from mlxvlm.api.plan import ChatPlan, chat_plan
 from mlxvlm.api.schema import IGNORED_FIELDS, ChatCompletionRequest
-from mlxvlm.api.truncate import truncated
 from mlxvlm.engine.params import Grammar, SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import RequestError
@@ -206,13 +205,3 @@ def test_without_a_format_tools_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
         chat_plan(body, DEFAULTS)
     assert caught.value.param == "tools"
-
-
-@given(st.lists(st.sampled_from("sua"), max_size=12), st.integers(0, 14))
-def test_the_longest_end_that_fits_stays(roles: list[str], room: int) -> None:
-    names = {"s": "system", "u": "user", "a": "assistant"}
-    messages = [Message(names[role], (TextPart(str(index)),)) for index, role in enumerate(roles)]  # type: ignore[arg-type]
-    kept = truncated(messages, lambda left: len(left) <= room)
-    starts = [0, *[index for index, role in enumerate(roles) if role == "u"][1:]]
-    ends = [[each for index, each in enumerate(messages) if index >= at or each.role == "system"] for at in starts]
-    assert kept == next((end for end in ends if len(end) <= room), ends[-1])
