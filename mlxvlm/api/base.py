@@ -20,6 +20,7 @@ REFUSED_FIELDS: Mapping[str, str] = {
     "prediction": "predicted outputs are not supported: leave it out",
     "functions": "it was replaced by tools: give tools=[{'type': 'function', 'function': {...}}]",
     "function_call": "it was replaced by tool_choice and tool_calls: use those",
+    "conversation": "conversations are not kept: name the response to go on from in previous_response_id",
     "moderation": "this server moderates nothing: leave it out",
 }
 
@@ -46,6 +47,17 @@ class Body(BaseModel):
         }
 
 
+class Returned(Body):
+    """An object that may be a piece of an earlier answer, sent back with all the nulls that its client knows of."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or len(data) > MAX_FIELDS:
+            return super()._drop_nulls(data)
+        return {name: value for name, value in data.items() if value is not None}
+
+
 B = TypeVar("B", bound=BaseModel)
 
 
@@ -59,9 +71,9 @@ def parse(shape: type[B], data: Any) -> B:
         raise RequestError("the request is nested too deeply") from None
 
 
-def by(key: str) -> Discriminator:
+def by(key: str, default: str | None = None) -> Discriminator:
     """Chooses a member of a union by a field, where the members are tagged "<value>"; see path_of."""
-    return Discriminator(lambda value: f"<{_get(value, key)}>")
+    return Discriminator(lambda value: f"<{_get(value, key) or default}>")
 
 
 def text_or(other: str) -> Discriminator:
@@ -69,20 +81,29 @@ def text_or(other: str) -> Discriminator:
     return Discriminator(lambda value: "<text>" if isinstance(value, str) else f"<{other}>")
 
 
-def one_of(key: str, *known: str, remedies: Mapping[str, str] | None = None) -> BeforeValidator:
-    """Refuses an object whose `key` is none of the known words, with what to say instead where there is something."""
+def one_of(
+    key: str,
+    *known: str,
+    remedies: Mapping[str, str] | None = None,
+    other: str | None = None,
+    default: str | None = None,
+) -> BeforeValidator:
+    """Refuses an object whose `key` is none of the known words, with what to say instead where there is something.
+
+    other: what to say of words without a remedy. default: the word of an object that has none.
+    """
     choices = ", ".join(map(repr, known))
 
     def check(value: Any) -> Any:
-        word = _get(value, key)
+        word = _get(value, key) or (default if isinstance(value, Mapping) else None)
         if word in known:
             return value
         if not isinstance(value, Mapping):
             raise PydanticCustomError("invalid_type", "must be an object")
         if word is None:
             message = f"must have the field {key!r}: {choices}"
-        elif isinstance(word, str) and remedies and word in remedies:
-            message = f"{key} {word!r} is not supported: {remedies[word]}"
+        elif remedy := (remedies or {}).get(word, other):
+            message = f"{key} {word[:MAX_PATH_CHARS]!r} is not supported: {remedy}"
         else:
             message = f"{key} must be one of {choices}"
         # Braces would be taken for places to fill in.
