@@ -28,6 +28,11 @@ MAX_FIELDS = 256  # of one object; each one that is not known costs an error of 
 MAX_PATH_CHARS = 200  # of what an error repeats of a request
 
 
+def _check_size(data: Mapping[str, Any]) -> None:
+    if len(data) > MAX_FIELDS:
+        raise PydanticCustomError("invalid_value", "an object can't have so many fields")
+
+
 class Body(BaseModel):
     """A JSON object of a request."""
 
@@ -38,8 +43,7 @@ class Body(BaseModel):
     def _drop_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if len(data) > MAX_FIELDS:
-            raise PydanticCustomError("invalid_value", "an object can't have so many fields")
+        _check_size(data)
         return {
             name: value
             for name, value in data.items()
@@ -53,8 +57,9 @@ class Returned(Body):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or len(data) > MAX_FIELDS:
-            return super()._drop_nulls(data)
+        if not isinstance(data, dict):
+            return data
+        _check_size(data)
         return {name: value for name, value in data.items() if value is not None}
 
 

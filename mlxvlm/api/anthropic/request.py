@@ -224,7 +224,7 @@ class CountTokensRequest(Body):
         min_length=1,
         max_length=MAX_MESSAGES,
         fail_fast=True,
-        description="The chat so far; the user has the last word.",
+        description="The chat so far; the last turn is the user's.",
     )
     system: System | None = Field(None, description="Instructions: a text, or text blocks.")
     tools: list[Annotated[Tool, one_of("type", "custom", default="custom", other=_SERVER_TOOLS)]] | None = Field(
