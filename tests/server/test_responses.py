@@ -314,7 +314,10 @@ def test_what_runs_in_the_background_can_be_stopped(monkeypatch: pytest.MonkeyPa
         ({"include": ["file_search_call.results"]}, "include[0]"),
         ({"background": True, "store": False}, "store"),
         ({"background": True, "stream": True}, "stream"),
-        ({"extra_body": {"grammar": {"type": "regex", "value": "a"}}, "text": {"format": {"type": "json_object"}}}, "grammar"),
+        (
+            {"extra_body": {"grammar": {"type": "regex", "value": "a"}}, "text": {"format": {"type": "json_object"}}},
+            "grammar",
+        ),
         ({"tools": [TOOL], "text": {"format": {"type": "json_object"}}}, "text.format"),
     ],
 )
