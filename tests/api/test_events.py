@@ -20,9 +20,9 @@ from mlxvlm.api.responses.convert import chat_request as of_responses
 from mlxvlm.api.responses.convert import turns_of
 from mlxvlm.api.responses.request import ResponsesRequest
 from mlxvlm.api.responses.shown import response_of
-from mlxvlm.engine.request import FinishReason
+from mlxvlm.engine.request import Delta, FinishReason, TokenLogprob
 from mlxvlm.errors import RequestError
-from tests.api.test_assemble import assembler, deltas_of
+from tests.api.test_assemble import USAGE, assembler, deltas_of
 
 BODY = parse(ResponsesRequest, {"input": "Hello!"})
 # Words, calls and beginnings of calls.
@@ -215,3 +215,27 @@ def test_nonsense_is_refused(shape: Any, body: Any) -> None:
             of_messages(made)
         else:
             of_responses(made, turns_of(made))
+
+
+def tokens_of(events: list[dict[str, Any]]) -> list[list[str]]:
+    items = events[-1]["response"]["output"]
+    return [[token["token"] for token in part["logprobs"]] for item in items for part in item.get("content", ())]
+
+
+def test_logprobs_are_those_of_texts_alone() -> None:
+    events = response_events(["a", "<f:{}>", "c"], "stop", rich=True)
+    assert tokens_of(events) == [["a"], ["c"]]
+
+
+def test_logprobs_of_a_character_that_was_cut_off_are_kept() -> None:
+    made = ResponseAssembler(assembler(rich=True), response_of(BODY, "demo"))
+    events = as_json(made.begin())
+    half = Delta("", (233,), (TokenLogprob(233, -0.5),))
+    for delta in (deltas_of(["a"])[0], half, Delta("\ufffd", finish_reason="length", usage=USAGE)):
+        events += as_json(made.feed(0, delta))
+    assert tokens_of([*events, *as_json(made.end())]) == [["a", "\ufffd"]]
+    made = ResponseAssembler(assembler(rich=True), response_of(BODY, "demo"))
+    events = as_json(made.begin())
+    for delta in (deltas_of(["a"])[0], half, Delta("", finish_reason="length", usage=USAGE)):
+        events += as_json(made.feed(0, delta))
+    assert tokens_of([*events, *as_json(made.end())]) == [["a", "\ufffd"]]
