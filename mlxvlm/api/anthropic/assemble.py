@@ -146,5 +146,8 @@ def _unspent(prompts: Sequence[tuple[int, ...]]) -> Usage:
 
 def _object(arguments: str) -> dict[str, object]:
     """A call's arguments; of one that was cut off as much as there is, as the `anthropic` client reads streams."""
-    found = from_json(arguments, allow_partial=True) if arguments else {}
+    try:
+        found = from_json(arguments, allow_partial=True)
+    except ValueError:  # nothing yet, or no JSON
+        found = {}
     return found if isinstance(found, dict) else {}
