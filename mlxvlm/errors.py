@@ -79,6 +79,13 @@ class BodyTimeoutError(BodyError):
     http_status = 408
 
 
+class UnknownResponseError(InputError):
+    """No response of that name is kept."""
+
+    http_status = 404
+    code = "response_not_found"
+
+
 class UnknownModelError(InputError):
     """The server serves no model of that name."""
 

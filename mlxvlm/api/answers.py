@@ -155,6 +155,7 @@ class ChunkChoice(BaseModel):
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason | None
     token_ids: list[int] | None = _if_any("With return_token_ids.")
+    stop_string: str | None = Field(default=None, exclude=True, description="For APIs that tell it.")
 
 
 class ChatCompletionChunk(BaseModel):

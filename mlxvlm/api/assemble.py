@@ -77,7 +77,8 @@ class ChoiceAssembler:
             pieces[0] = pieces[0].model_copy(update={"logprobs": logprobs, "token_ids": token_ids})
         if delta.finish_reason is not None:
             self.usage = delta.usage
-            pieces.append(self._piece(ChunkDelta(), self._finish_reason(delta.finish_reason)))
+            last = self._piece(ChunkDelta(), self._finish_reason(delta.finish_reason))
+            pieces.append(last.model_copy(update={"stop_string": delta.stop_string}))
         return pieces
 
     def _piece(self, delta: ChunkDelta, reason: answers.FinishReason | None = None) -> ChunkChoice:

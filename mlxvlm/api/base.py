@@ -22,11 +22,17 @@ REFUSED_FIELDS: Mapping[str, str] = {
     "function_call": "it was replaced by tool_choice and tool_calls: use those",
     "suffix": "these models go on with a text, they fill no gaps: leave it out",
     "best_of": "answers are not ranked: ask for n of them",
+    "conversation": "conversations are not kept: name the response to go on from in previous_response_id",
     "moderation": "this server moderates nothing: leave it out",
 }
 
 MAX_FIELDS = 256  # of one object; each one that is not known costs an error of its own
 MAX_PATH_CHARS = 200  # of what an error repeats of a request
+
+
+def _check_size(data: Mapping[str, Any]) -> None:
+    if len(data) > MAX_FIELDS:
+        raise PydanticCustomError("invalid_value", "an object can't have so many fields")
 
 
 class Body(BaseModel):
@@ -39,13 +45,24 @@ class Body(BaseModel):
     def _drop_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if len(data) > MAX_FIELDS:
-            raise PydanticCustomError("invalid_value", "an object can't have so many fields")
+        _check_size(data)
         return {
             name: value
             for name, value in data.items()
             if value is not None or not (name in cls.model_fields or name in REFUSED_FIELDS)
         }
+
+
+class Returned(Body):
+    """An object that may be a piece of an earlier answer, sent back with all the nulls that its client knows of."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        _check_size(data)
+        return {name: value for name, value in data.items() if value is not None}
 
 
 B = TypeVar("B", bound=BaseModel)
@@ -61,9 +78,9 @@ def parse(shape: type[B], data: Any) -> B:
         raise RequestError("the request is nested too deeply") from None
 
 
-def by(key: str) -> Discriminator:
+def by(key: str, default: str | None = None) -> Discriminator:
     """Chooses a member of a union by a field, where the members are tagged "<value>"; see path_of."""
-    return Discriminator(lambda value: f"<{_get(value, key)}>")
+    return Discriminator(lambda value: f"<{_get(value, key) or default}>")
 
 
 def text_or(other: str) -> Discriminator:
@@ -71,20 +88,29 @@ def text_or(other: str) -> Discriminator:
     return Discriminator(lambda value: "<text>" if isinstance(value, str) else f"<{other}>")
 
 
-def one_of(key: str, *known: str, remedies: Mapping[str, str] | None = None) -> BeforeValidator:
-    """Refuses an object whose `key` is none of the known words, with what to say instead where there is something."""
+def one_of(
+    key: str,
+    *known: str,
+    remedies: Mapping[str, str] | None = None,
+    other: str | None = None,
+    default: str | None = None,
+) -> BeforeValidator:
+    """Refuses an object whose `key` is none of the known words, with what to say instead where there is something.
+
+    other: what to say of words without a remedy. default: the word of an object that has none.
+    """
     choices = ", ".join(map(repr, known))
 
     def check(value: Any) -> Any:
-        word = _get(value, key)
+        word = _get(value, key) or (default if isinstance(value, Mapping) else None)
         if word in known:
             return value
         if not isinstance(value, Mapping):
             raise PydanticCustomError("invalid_type", "must be an object")
         if word is None:
             message = f"must have the field {key!r}: {choices}"
-        elif isinstance(word, str) and remedies and word in remedies:
-            message = f"{key} {word!r} is not supported: {remedies[word]}"
+        elif remedy := (remedies or {}).get(word, other):
+            message = f"{key} {word[:MAX_PATH_CHARS]!r} is not supported: {remedy}"
         else:
             message = f"{key} must be one of {choices}"
         # Braces would be taken for places to fill in.

@@ -72,13 +72,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer. The last one has a finish_reason and the usage, and may have text too."""
+    """A piece of an answer. The last one has a finish_reason and the usage, and may have text too.
+
+    stop_string: the one that ended the answer, where one did.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,7 @@ class Sequence:
         self.phase = Phase.DONE
         usage = self._usage()
         self._release()
-        self.stream.put(Delta(text, token_ids, logprobs, reason, usage))
+        self.stream.put(Delta(text, token_ids, logprobs, reason, usage, self._stops.found))
 
     def _release(self) -> None:
         """Arrays go now, not when the last reader lets go of the stream."""

@@ -15,17 +15,21 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None  # the stop string that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def feed(self, text: str) -> str:
         """The text that is safe to pass on now."""
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         self._held += text
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            passed, self._held = self._held[: min(found)[1]], ""
+            _, at, self.found = min(found)
+            passed, self._held = self._held[:at], ""
             return passed
         keep = self._possible_start()
         passed = self._held[: len(self._held) - keep]

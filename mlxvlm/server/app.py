@@ -18,9 +18,11 @@ from mlxvlm.server.answering import Patience
 from mlxvlm.server.chat_completions import ChatCompletions
 from mlxvlm.server.completions import Completions
 from mlxvlm.server.doors import Doors, FetchPicture, NoteUsage, ReadJSON, Timed
+from mlxvlm.server.messages import message_routes
 from mlxvlm.server.models import ModelRoutes, Models
 from mlxvlm.server.operations import TokenRoutes
 from mlxvlm.server.replies import error_reply
+from mlxvlm.server.responses import response_routes
 
 CLIENT_LEFT = 499  # nginx's code: nobody reads it but logs
 
@@ -62,6 +64,8 @@ def create_app(
         Route("/v1/completions", Completions(doors), methods=["POST"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        *response_routes(doors),
+        *message_routes(doors),
         Route("/v1/models", about.all, methods=["GET"]),
         Route("/v1/models/{id:path}", about.one, methods=["GET"]),
         Route("/health", about.health, methods=["GET"]),

@@ -73,7 +73,8 @@ class Guard:
             self._check_key(scope, headers)
             _check_type(scope, headers)
         except RefusedError as refused:
-            await send_error(send, refused.status, refused.message, refused.code, [*extra, *refused.headers])
+            told = [*extra, *refused.headers]
+            await send_error(send, refused.status, refused.message, refused.code, told, path=scope["path"])
             return
         await self.app(scope, receive, _with_headers(send, extra))
 

@@ -11,6 +11,9 @@ from pydantic.json_schema import models_json_schema
 
 from mlxvlm import __version__
 from mlxvlm.api.answers import ChatCompletion, ChatCompletionChunk, ErrorBody, ModelCard, ModelList
+from mlxvlm.api.anthropic.answers import Message as AnthropicMessage
+from mlxvlm.api.anthropic.answers import TokenCount
+from mlxvlm.api.anthropic.request import CountTokensRequest, MessagesRequest
 from mlxvlm.api.completions import CompletionRequest, TextCompletion
 from mlxvlm.api.operations import (
     DetokenizeRequest,
@@ -22,6 +25,9 @@ from mlxvlm.api.operations import (
     TokenizeRequest,
     Tokens,
 )
+from mlxvlm.api.responses.answers import Deleted, ItemList
+from mlxvlm.api.responses.answers import Response as ResponseObject
+from mlxvlm.api.responses.request import ResponsesRequest
 from mlxvlm.api.schema import ChatCompletionRequest
 
 _REF = "#/components/schemas/{model}"
@@ -75,6 +81,17 @@ OPERATIONS = (
         TextCompletion,
         TextCompletion,
     ),
+    Operation(
+        "post", "/v1/responses", "OpenAI's Responses API: an answer that is kept.", ResponsesRequest, ResponseObject
+    ),
+    Operation("get", "/v1/responses/{id}", "A kept response.", None, ResponseObject),
+    Operation("delete", "/v1/responses/{id}", "Forgets a response.", None, Deleted),
+    Operation(
+        "post", "/v1/responses/{id}/cancel", "Ends a response that is made in the background.", None, ResponseObject
+    ),
+    Operation("get", "/v1/responses/{id}/input_items", "What a response was asked.", None, ItemList),
+    Operation("post", "/v1/messages", "Anthropic's Messages API.", MessagesRequest, AnthropicMessage),
+    Operation("post", "/v1/messages/count_tokens", "The tokens of a prompt.", CountTokensRequest, TokenCount),
     Operation("get", "/v1/models", "The models that requests can name; `default` is the first.", None, ModelList),
     Operation("get", "/v1/models/{id}", "One of them.", None, ModelCard),
     Operation("post", "/v1/models/{id}/load", "Loads a model, and answers when it is.", None, ModelState),

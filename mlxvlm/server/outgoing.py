@@ -43,12 +43,29 @@ class Assembler(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Framing:
+    """How an API writes its events. silence: what is sent while there are none; done: after the last."""
+
+    frame: Callable[[BaseModel], bytes] = frame
+    failed: Callable[[Exception], Iterable[BaseModel]] = lambda error: [error_body(error)]
+    silence: bytes = KEEP_ALIVE
+    done: bytes = DONE
+
+    def frames(self, events: Iterable[BaseModel]) -> bytes:
+        return b"".join(map(self.frame, events))
+
+
+CHAT = Framing()
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """One request's answer. note: told of its usage."""
+    """One request's answer. note: told of its usage, when all of it is made and before the last of it is sent."""
 
     assembler: Assembler
     answering: Answering
     note: Callable[[Usage], None]
+    framing: Framing = CHAT
 
     async def send(self, send: Send, send_timeout_s: float, *, stream: bool) -> None:
         """Raises what goes wrong before anything is sent, TimeoutError for a client that takes nothing."""
@@ -56,9 +73,10 @@ class Reply:
         if stream:
             await send_events(send, self._events(is_prepared), send_timeout_s)
         else:
-            await send_at_once(send, await self._whole())
+            await send_at_once(send, await self.whole())
 
-    async def _whole(self) -> BaseModel:
+    async def whole(self) -> BaseModel:
+        """Raises what goes wrong."""
         deltas: Arrived = []
         async for arrived in self.answering:
             deltas += arrived
@@ -68,22 +86,23 @@ class Reply:
 
     async def _events(self, is_prepared: bool) -> AsyncGenerator[bytes, None]:
         """An error becomes an event, which ends the stream."""
+        framing = self.framing
         try:
             while not is_prepared:
-                yield KEEP_ALIVE
+                yield framing.silence
                 is_prepared = await self.answering.prepared()
-            yield b"".join(map(frame, self.assembler.begin(self.answering.prompts)))
+            yield framing.frames(self.assembler.begin(self.answering.prompts))
             async for arrived in self.answering:
-                events = b"".join(frame(each) for item in arrived for each in self.assembler.feed(*item))
+                events = b"".join(framing.frames(self.assembler.feed(*item)) for item in arrived)
                 if events or not arrived:
-                    yield events or KEEP_ALIVE
+                    yield events or framing.silence
+            last = framing.frames(self.assembler.end())
             # Before the last write: after it, the client may be gone.
             self.note(self.assembler.usage)
-            last = b"".join(map(frame, self.assembler.end()))
         except Exception as error:  # noqa: BLE001 - the top of an answer whose status is sent: who else could tell?
             if isinstance(error, MlxvlmError):
                 log_failure(error)
             else:
                 _log.exception("a defect in the middle of an answer")
-            last = frame(error_body(error))
-        yield last + DONE
+            last = framing.frames(framing.failed(error))
+        yield last + framing.done

@@ -12,7 +12,9 @@ from starlette.responses import Response
 from starlette.types import Send
 
 from mlxvlm.api.answers import Error, ErrorBody
+from mlxvlm.api.anthropic.answers import error_of
 from mlxvlm.errors import InternalError, MlxvlmError, ModelError
+from mlxvlm.server.refusals import is_anthropics
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +61,16 @@ async def error_reply(request: Request, error: Exception) -> Response:
         retry_after_s = getattr(error, "retry_after_s", None)
         headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     log_failure(error)
-    return json_reply(error_body(error), status, headers)
+    body: BaseModel = error_body(error)
+    if is_anthropics(request.url.path):
+        body = error_of(status, error_body(error).error.message)
+    return json_reply(body, status, headers)
+
+
+def failed_message(error: Exception) -> list[BaseModel]:
+    """The event that ends a stream of Anthropic's shape."""
+    status = error.http_status if isinstance(error, MlxvlmError) else HTTPStatus.INTERNAL_SERVER_ERROR
+    return [error_of(status, error_body(error).error.message)]
 
 
 def log_failure(error: Exception) -> None:

@@ -26,6 +26,11 @@ def frame(body: BaseModel) -> bytes:
     return b"data: " + (text if text.isascii() else text.translate(_BREAKS)).encode() + b"\n\n"
 
 
+def named_frame(body: BaseModel) -> bytes:
+    """One event that is named by its type."""
+    return b"event: " + str(getattr(body, "type", "message")).encode() + b"\n" + frame(body)
+
+
 async def send_events(send: Send, events: AsyncGenerator[bytes, None], send_timeout_s: float) -> None:
     """A whole event stream, one write for each piece. Raises TimeoutError where one is not taken in that time."""
     await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})

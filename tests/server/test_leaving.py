@@ -59,7 +59,14 @@ def body_of(text: str = "12", count: int = 5, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "max_tokens": count, **fields}
 
 
-def connected(url: str, request: dict[str, Any], *, small: bool = False, cut: int | None = None) -> socket.socket:
+def connected(
+    url: str,
+    request: dict[str, Any],
+    *,
+    small: bool = False,
+    cut: int | None = None,
+    path: str = "/v1/chat/completions",
+) -> socket.socket:
     """A request that is on its way, or its first `cut` bytes."""
     host, port = url.removeprefix("http://").split(":")
     connection = socket.socket()
@@ -68,7 +75,7 @@ def connected(url: str, request: dict[str, Any], *, small: bool = False, cut: in
     connection.settimeout(20)
     connection.connect((host, int(port)))
     body = json.dumps(request).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     connection.sendall((f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)[:cut])
     return connection
 
