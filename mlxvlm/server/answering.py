@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Protocol, TypeAlias
 
 from mlxvlm.engine.request import Delta, Request
-from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import MlxvlmError
 
 
@@ -27,10 +26,23 @@ class Patience:
     send_timeout_s: float = 300.0
 
 
-class Submitter(Protocol):
-    """The engine."""
+class Deltas(Protocol):
+    """An engine's Stream, or one like it."""
 
-    def submit(self, request: Request) -> Stream: ...
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...] | None: ...
+
+    async def prepared(self) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    def cancel(self) -> None: ...
+
+
+class Submitter(Protocol):
+    """The engine, or what stands before it."""
+
+    def submit(self, request: Request) -> Deltas: ...
 
 
 Arrived: TypeAlias = list[tuple[int, Delta]]
@@ -44,7 +56,7 @@ class Answering:
 
     def __init__(self, engine: Submitter, requests: Sequence[Request], patience: Patience) -> None:
         self._engine, self._requests, self._patience = engine, requests, patience
-        self._streams: list[Stream] = []
+        self._streams: list[Deltas] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._arrived: deque[tuple[int, Delta | MlxvlmError]] = deque()
         self._something = asyncio.Event()
@@ -124,7 +136,7 @@ class Answering:
         self._something.clear()
         return True
 
-    async def _pump(self, index: int, stream: Stream) -> None:
+    async def _pump(self, index: int, stream: Deltas) -> None:
         try:
             await stream.prepared()
             self._unprepared -= 1

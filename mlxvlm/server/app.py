@@ -18,6 +18,7 @@ from mlxvlm.server.answering import Patience
 from mlxvlm.server.chat_completions import ChatCompletions, Doors, FetchPicture, NoteUsage, ReadJSON
 from mlxvlm.server.models import ModelRoutes, Models
 from mlxvlm.server.replies import error_reply
+from mlxvlm.server.tool_rounds import ServerTools
 
 CLIENT_LEFT = 499  # nginx's code: nobody reads it but logs
 
@@ -44,14 +45,15 @@ def create_app(
     middleware: Sequence[Middleware] = (),
     routes: Sequence[BaseRoute] = (),
     patience: Patience | None = None,
+    tools: ServerTools | None = None,
 ) -> Starlette:
     """An ASGI application over these models.
 
     read_json: a request's body -> its value, within limits. fetch_picture: an image_url's text -> bytes, after the
     server's policy. note_usage: told of each answer, for a log. middleware: pure ASGI, outermost first. routes: more
-    endpoints. patience: waiting times and bounds.
+    endpoints. patience: waiting times and bounds. tools: those that the server itself answers.
     """
-    doors = Doors(models, read_json, fetch_picture, patience or Patience(), note_usage)
+    doors = Doors(models, read_json, fetch_picture, patience or Patience(), note_usage, tools or ServerTools())
     about = ModelRoutes(models)
     own = [
         Route("/v1/chat/completions", ChatCompletions(doors), methods=["POST"]),

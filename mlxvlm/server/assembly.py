@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -9,6 +11,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from mlxvlm.agent.loop import BoundTool
+from mlxvlm.agent.web_search import check_search, search_by
+from mlxvlm.server.fetch import PAGE, PAGE_LIMITS, Fetcher
 from mlxvlm.server.guard import Guard
 from mlxvlm.server.json_body import Bodies, BodyLimits, read_json
 from mlxvlm.server.metrics import Metrics, RequestMetrics
@@ -16,6 +21,7 @@ from mlxvlm.server.pictures import Pictures
 from mlxvlm.server.registry import Registry
 from mlxvlm.server.request_log import RequestLog
 from mlxvlm.server.settings import ServerSettings
+from mlxvlm.server.tool_rounds import SearchFor, ServerTools
 
 
 def protected(app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> ASGIApp:
@@ -23,8 +29,8 @@ def protected(app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> ASGIA
     return RequestLog(RequestMetrics(Guard(app, settings), metrics))
 
 
-def assemble(registry: Registry, settings: ServerSettings) -> ASGIApp:
-    """What `mlxvlm serve` serves. Call it inside the event loop."""
+def assemble(registry: Registry, settings: ServerSettings, mcp: Sequence[BoundTool] = ()) -> ASGIApp:
+    """What `mlxvlm serve` serves. Call it inside the event loop. mcp: tools of running MCP servers."""
     from mlxvlm.server.app import create_app
 
     metrics = Metrics(registry.figures, registry.memory)
@@ -39,8 +45,19 @@ def assemble(registry: Registry, settings: ServerSettings) -> ASGIApp:
         read_json=read_body,
         fetch_picture=Pictures(settings).read,
         routes=[metrics_route(metrics)],
+        tools=server_tools(settings, mcp),
     )
     return protected(app, settings, metrics)
+
+
+def server_tools(settings: ServerSettings, mcp: Sequence[BoundTool] = ()) -> ServerTools:
+    """What these settings let the model call. Raises UsageError for what a search lacks."""
+    search: SearchFor | None = None
+    if settings.search_url is not None or settings.enable_search:
+        check_search(settings.search_url)
+        search = partial(search_by, settings.search_url)
+    # Private addresses never: it is the model that asks, for what it has read somewhere.
+    return ServerTools(search, Fetcher(False, PAGE_LIMITS, wanted=PAGE), tuple(mcp), settings.max_tool_rounds)
 
 
 def metrics_route(metrics: Metrics) -> Route:

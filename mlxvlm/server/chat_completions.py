@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
+from mlxvlm.agent.rounds import Said
 from mlxvlm.api.answers import ChatCompletion
 from mlxvlm.api.assemble import ChatAssembler, ChoiceAssembler
 from mlxvlm.api.base import parse
@@ -28,6 +29,7 @@ from mlxvlm.server.connection import unless_gone
 from mlxvlm.server.models import LoadedModel, Models
 from mlxvlm.server.replies import error_body, log_failure, send_at_once
 from mlxvlm.server.sse import DONE, KEEP_ALIVE, frame, send_events
+from mlxvlm.server.tool_rounds import ServerTools
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Doors:
     fetch_picture: FetchPicture
     patience: Patience
     note_usage: NoteUsage
+    tools: ServerTools
 
 
 class ChatCompletions:
@@ -65,14 +68,16 @@ class ChatCompletions:
     async def _answer(self, body: ChatCompletionRequest, scope: Scope, send: Send) -> None:
         doors = self._doors
         async with doors.models.acquire(body.model) as model:
-            plan = chat_plan(body, model.engine.config.sampling, model.tools)
+            offered = doors.tools.offered(body, model)
+            plan = chat_plan(body, model.engine.config.sampling, model.tools, offered.tools)
+            rounds = offered.submitter(plan)
             requests = await with_pictures(plan.requests, doors.fetch_picture)
             if body.truncate_sequence:
                 requests = await asyncio.to_thread(fitting, model.engine, requests)
-            async with Answering(model.engine, requests, doors.patience) as answering:
+            async with Answering(rounds or model.engine, requests, doors.patience) as answering:
                 is_prepared = await answering.prepared()
                 note = partial(doors.note_usage, scope, model.name)
-                reply = _Reply(body, chat_assembler(body, plan, model), answering, note)
+                reply = _Reply(body, chat_assembler(body, plan, model, has_rounds=rounds is not None), answering, note)
                 if body.stream:
                     await send_events(send, reply.events(is_prepared), doors.patience.send_timeout_s)
                 else:
@@ -127,15 +132,17 @@ class _Reply:
         return self.answering.prompt_token_ids if self.body.return_token_ids else None
 
 
-def chat_assembler(body: ChatCompletionRequest, plan: ChatPlan, model: LoadedModel) -> ChatAssembler:
-    """For the choices of one request."""
+def chat_assembler(
+    body: ChatCompletionRequest, plan: ChatPlan, model: LoadedModel, *, has_rounds: bool = False
+) -> ChatAssembler:
+    """For the choices of one request. has_rounds: their Deltas are RoundDeltas."""
     engine = model.engine
     choices = [
         ChoiceAssembler(
             index,
             engine.processor.tokenizer.token_bytes if body.logprobs else None,
             frozenset() if body.ignore_eos else engine.config.eos_token_ids,
-            plan.parser(),
+            Said() if has_rounds else plan.parser(),
             max_calls=plan.max_calls,
             with_token_ids=bool(body.return_token_ids),
         )
