@@ -118,7 +118,7 @@ def chat_tools(args: argparse.Namespace, source: ModelSource, mcp: Sequence[Boun
     max_rounds = MAX_ROUNDS if args.max_tool_rounds is None else args.max_tool_rounds
     if not 1 <= max_rounds <= MOST_ROUNDS:
         raise UsageError(f"--max-tool-rounds is a number from 1 to {MOST_ROUNDS}, not {max_rounds}")
-    format = tool_format(source.processor.template, source.processor.tokenizer)  # type: ignore[attr-defined]
+    format = tool_format(source.processor.template, source.processor.tokenizer)
     return ChatTools(format, mcp, searches, args.search_url, max_rounds)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mlxvlm.errors import InputError
 from mlxvlm.messages import ImageOptions, ImagePart, Message, Part, Role, TextPart, ToolCall
+from mlxvlm.processors.chat_template import ChatTemplate
 from mlxvlm.processors.tokenizer import Tokenizer
 
 ROLES = get_args(Role)
@@ -47,6 +48,7 @@ class Processor(Protocol):
     """Messages to Prompt. Called from several threads at once: keeps no state of a request."""
 
     tokenizer: Tokenizer
+    template: ChatTemplate
     image_token_id: int
 
     def __call__(

@@ -17,7 +17,7 @@ from mlxvlm.errors import MlxvlmError
 NAME = "mlxvlm.server.app"
 
 
-def create_app(registry: Any, *, read_json: Any, fetch_picture: Any, routes: Any = ()) -> Starlette:
+def create_app(registry: Any, *, read_json: Any, fetch_picture: Any, routes: Any = (), tools: Any = None) -> Starlette:
     async def health(request: Request) -> Response:
         return JSONResponse({}, 200 if registry.is_ready else 503)
 
