@@ -13,8 +13,10 @@ from typing import Any
 import openai
 import pytest
 
+from mlxvlm.agent.formats import tool_format
 from mlxvlm.agent.mcp import McpTools
 from mlxvlm.agent.web_search import SearchOptions, SearchResult
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.request import Request
 from mlxvlm.errors import OverloadedError, UsageError
 from mlxvlm.server.answering import Patience
@@ -25,7 +27,7 @@ from mlxvlm.server.models import SingleModel
 from mlxvlm.server.settings import ServerSettings
 from mlxvlm.server.tool_rounds import ServerTools
 from tests.agent.test_mcp import TINY
-from tests.fakes import eventually
+from tests.fakes import eventually, is_empty
 from tests.processors.conftest import Web
 from tests.scripted import FORMAT, PROMPT_TOKENS, ScriptedEngine, calling, offered_names
 from tests.server.serving import client_of, serving
@@ -192,12 +194,12 @@ def test_a_search_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_errors_of_later_rounds() -> None:
-    with served(ScriptedEngine(SEARCH, OverloadedError("full")), searching()) as client:
-        with pytest.raises(openai.InternalServerError, match="full"):
-            ask(client)
-    with served(ScriptedEngine(SEARCH, OverloadedError("full")), searching()) as client:
-        with pytest.raises(openai.APIError, match="full"):
-            list(ask(client, stream=True))
+    engine = ScriptedEngine(SEARCH, OverloadedError("full"))
+    with served(engine, searching()) as client, pytest.raises(openai.InternalServerError, match="full"):
+        ask(client)
+    engine = ScriptedEngine(SEARCH, OverloadedError("full"))
+    with served(engine, searching()) as client, pytest.raises(openai.APIError, match="full"):
+        list(ask(client, stream=True))
 
 
 def test_who_leaves_ends_the_search() -> None:
@@ -216,8 +218,8 @@ def test_who_leaves_ends_the_search() -> None:
         begun.clear()
         ended.clear()
         with served(engine, searching(search)) as client:
+            impatient = client.with_options(timeout=0.5)
             with pytest.raises(openai.APITimeoutError):
-                impatient = client.with_options(timeout=0.5)
                 list(ask(impatient, stream=stream))
             assert begun.is_set()
             assert eventually(ended.is_set, 3)
@@ -262,7 +264,7 @@ class TestPages:
         async def resolve(host: str, port: int) -> list[str]:
             return ["127.0.0.1" if host == "pages.example" else "10.0.0.1"]
 
-        engine = ScriptedEngine(SEARCH, "done")
+        engine = ScriptedEngine(SEARCH, "done", max_context=100_000)  # a character is a token
         url = f"http://pages.example:{web.server.server_port}{path}"
         fetch = Fetcher(False, PAGE_LIMITS, resolve, PAGE)
         with served(
@@ -340,3 +342,24 @@ def test_settings(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ddgs", None)
     with pytest.raises(UsageError, match=r"pip install 'mlxvlm\[search\]'"):
         server_tools(ServerSettings(enable_search=True))
+
+
+def test_the_demo_model_is_held_to_a_search(demo_engine: Engine) -> None:
+    """A real engine and its own template: the first answer is a call by the grammar, what follows is free."""
+    processor: Any = demo_engine.processor
+    format = tool_format(processor.template, processor.tokenizer)
+    asked: list[str] = []
+
+    def search(query: str) -> list[SearchResult]:
+        asked.append(query)
+        return FOUND
+
+    named: Any = {"type": "function", "function": {"name": "search_the_web"}}
+    bias = {"extra_body": {"web_search_options": {"search_context_size": "low"}}, "max_tokens": 300}
+    with served(demo_engine, searching(search), format=format) as client:
+        completion = ask(client, tool_choice=named, temperature=1.0, seed=1, **bias)
+    choice = completion.choices[0]
+    assert choice.message.tool_calls is None
+    assert "tool_call" not in choice.message.content
+    assert asked or choice.finish_reason == "length", "a weak model may never end its query"
+    assert eventually(lambda: is_empty(demo_engine))
