@@ -324,6 +324,8 @@ def test_mcp_tools_are_for_all_requests() -> None:
         assert ask(client, extra_body={}, tool_choice="none").choices[0].message.content == "Three."
         assert ask(client, extra_body={}, response_format={"type": "json_object"}).choices[0].message.content
         assert [offered_names(request) for request in engine.asked[2:]] == [[], []]
+        ask(client, extra_body={}, tools=[THEIRS])
+        assert {"add", "theirs"} <= set(offered_names(engine.asked[-1])), "beside the request's own"
         engine.script = [calling("die"), "It died."]
         assert ask(client, extra_body={}).choices[0].message.content == "It died."
         assert "Error: MCPError" in engine.prompts[-1]
