@@ -48,7 +48,7 @@ class FakeTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(ord("0") + token) for token in token_ids)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [ord(c) - ord("0") for c in text]
 
 

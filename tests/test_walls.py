@@ -50,6 +50,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
             "",
             "cli",
             "server",
+            "agent",
             "runner",
             "checkpoint.load",
             "checkpoint.build",

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlxvlm.agent.grammars import grammar_of
 from mlxvlm.agent.parser import Syntax, ToolParser
-from mlxvlm.agent.styles import CallStyle, in_plain_text
+from mlxvlm.agent.styles import MARKERS, CallStyle, in_plain_text
 from mlxvlm.agent.tools import CallDelta, NamedTool, Tool, ToolChoice, allowed
 from mlxvlm.engine.params import Grammar
 from mlxvlm.errors import TemplateError
@@ -60,11 +60,15 @@ class ToolFormat:
     def __init__(
         self, style: CallStyle, tokenizer: Tokenizer | None = None, *, native: bool = True, takes_system: bool = True
     ) -> None:
-        """native: the template itself describes tools and renders calls and their results."""
+        """native: the template itself describes tools and renders calls and their results.
+
+        control_texts: what foreign text in a prompt must not hold, see without_special_tokens.
+        """
         self.style = style
         self.native = native
         self._takes_system = takes_system
         self._special = _special_tokens(tokenizer, style.syntax.words)
+        self.control_texts = control_texts(tokenizer) | MARKERS
 
     @property
     def visible_token_ids(self) -> frozenset[int]:
@@ -153,6 +157,15 @@ def _takes_system(template: ChatTemplate) -> bool:
             if _PROBE in template.render(turns):
                 return True
     return False
+
+
+def control_texts(tokenizer: Tokenizer | None) -> frozenset[str]:
+    """Texts that a tokenizer takes as tokens of their own, so that who writes them can steer the model.
+
+    Runs of spaces, which some tokenizers add too, steer nothing.
+    """
+    added: Mapping[int, Any] = tokenizer.backend.get_added_tokens_decoder() if tokenizer else {}
+    return frozenset(token.content for token in added.values() if token.content.strip())
 
 
 def _special_tokens(tokenizer: Tokenizer | None, words: Collection[str]) -> dict[str, int]:

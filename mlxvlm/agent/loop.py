@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 import re
 import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ from mlxvlm.messages import Message, TextPart, ToolCall
 from mlxvlm.processors.base import arguments_of
 
 MAX_ROUNDS = 8  # of calls in one answer
+MOST_ROUNDS = 256  # that may be asked for; mistral.rs's limit
 MAX_CALLS = 16  # of one round
 TIMEOUT_S = 60.0  # of one call
 MAX_RESULT_CHARS = 100_000  # about 25,000 tokens
@@ -93,14 +95,23 @@ async def run_tools(
         foreign = tuple(one for one in answer.calls if one.name not in known)
         if foreign or not answer.calls or round == max_rounds:
             return Outcome(replace(answer, calls=foreign), tuple(turns))
-        calls = answer.calls[:MAX_CALLS]
-        parts = (TextPart(answer.text),) if answer.text else ()
-        turns.append(Message("assistant", parts, calls))
-        results = await asyncio.gather(*(_result(known[one.name], one) for one in calls))
-        for one, result in zip(calls, results, strict=True):
-            text = without_special_tokens(result, special_tokens)
-            turns.append(Message("tool", (TextPart(text),), tool_call_id=one.id))
+        turns += await answered(answer, known, special_tokens)
     raise AssertionError
+
+
+async def answered(
+    answer: Answer, tools: Mapping[str, BoundTool], special_tokens: Collection[str], timeout_s: float = math.inf
+) -> list[Message]:
+    """The turns that follow a question: the answer with its calls, all of `tools`, and their results, run at once.
+
+    timeout_s: for each call, where its tool would wait longer.
+    """
+    calls = answer.calls[:MAX_CALLS]
+    parts = (TextPart(answer.text),) if answer.text else ()
+    results = await asyncio.gather(*(_result(tools[one.name], one, timeout_s) for one in calls))
+    texts = [without_special_tokens(result, special_tokens) for result in results]
+    told = [Message("tool", (TextPart(text),), tool_call_id=one.id) for one, text in zip(calls, texts, strict=True)]
+    return [Message("assistant", parts, calls), *told]
 
 
 def run_in_thread(coroutine: Callable[[], Awaitable[T]]) -> T:
@@ -160,16 +171,17 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004
 
 
-async def _result(bound: BoundTool, one: ToolCall) -> str:
+async def _result(bound: BoundTool, one: ToolCall, timeout_s: float) -> str:
     """What the model reads of a call."""
+    timeout_s = min(bound.timeout_s, timeout_s)
     try:
         arguments = arguments_of(one)
-        async with asyncio.timeout(bound.timeout_s):
+        async with asyncio.timeout(timeout_s):
             return _shown(await call(bound.function, arguments))
     except InputError as error:
         return f"Error: {error}"
     except TimeoutError:
-        return f"Error: {one.name} took more than {bound.timeout_s:g} s"
+        return f"Error: {one.name} took more than {timeout_s:.3g} s"
     except Exception as error:  # noqa: BLE001 - a tool's function is somebody else's
         return f"Error: {type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_ERROR_CHARS]
 
@@ -190,4 +202,8 @@ def without_special_tokens(text: str, special_tokens: Collection[str]) -> str:
         return text
     tokens = sorted((token for token in special_tokens if len(token) > 1), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, tokens)))
-    return pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+    def broken(found: re.Match[str]) -> str:
+        return f"{found[0][0]} {pattern.sub(broken, found[0][1:])}"  # a token may hold another
+
+    return pattern.sub(broken, text)

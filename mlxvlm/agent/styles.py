@@ -21,6 +21,9 @@ To call a function, write its name and its arguments as a JSON object inside of 
 </tool_call>
 Its result is then given to you inside of <tool_response> tags. Answer without a call where none is needed."""
 
+# What stands around calls and results in many templates: not always tokens, but a result with them could end itself.
+MARKERS = frozenset({"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<tools>", "</tools>"})
+
 
 @dataclass(frozen=True, slots=True)
 class CallStyle:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 from urllib.parse import quote, urlsplit
 
@@ -29,6 +30,15 @@ MAX_ANSWER_BYTES = 4_000_000  # of a search service
 SEARCH_NAME, PAGE_NAME = "search_the_web", "website_content_extractor"
 _CHARS_PER_TOKEN = 4  # of English, roughly
 _MAX_TITLE_CHARS, _MAX_DESCRIPTION_CHARS, _MAX_URL_CHARS = 200, 500, 2000
+# DuckDuckGo's regions, country-language; a country with several has its largest language's.
+# Source: https://duckduckgo.com/duckduckgo-help-pages/settings/params/
+_REGIONS = (
+    "ar-es at-de au-en be-nl bg-bg br-pt ca-en ch-de cl-es cn-zh co-es cz-cs de-de dk-da ee-et es-es fi-fi fr-fr gr-el "
+    "hk-tzh hr-hr hu-hu id-id ie-en il-he in-en it-it jp-jp kr-kr lt-lt lv-lv mx-es my-ms nl-nl no-no nz-en pe-es "
+    "ph-en pl-pl pt-pt ro-ro ru-ru se-sv sg-en sk-sk sl-sl th-th tr-tr tw-tzh ua-uk uk-en us-en ve-es vn-vi za-en"
+)
+_NO_REGION = "us-en"  # ddgs's own; some of its engines know no "everywhere"
+_ISO = {"gb": "uk", "si": "sl"}  # where DuckDuckGo's country is not ISO's
 _QUERY = {"query": {"type": "string", "description": "What to search for."}}
 _URL = {"url": {"type": "string", "description": "The page's address."}}
 
@@ -45,10 +55,11 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
-    """`web_search_options`. location: the user's, as words ("Berlin, DE")."""
+    """`web_search_options`. location: the user's, as words ("Berlin, DE"); country: its ISO code, as far as known."""
 
     context_size: ContextSize = "medium"
     location: str = ""
+    country: str = ""
 
     @classmethod
     def from_openai(cls, options: Mapping[str, Any]) -> SearchOptions:
@@ -63,7 +74,14 @@ class SearchOptions:
         words = [place[name] for name in ("city", "region", "country", "timezone") if place.get(name)]
         if not all(isinstance(word, str) and len(word) <= 100 for word in words):
             raise InputError("city, region, country and timezone of user_location must be short texts")
-        return cls(cast(ContextSize, size), ", ".join(words))
+        return cls(cast(ContextSize, size), ", ".join(words), place.get("country") or "")
+
+    @property
+    def region(self) -> str:
+        """As DuckDuckGo names it."""
+        country = self.country.lower()
+        start = f"{_ISO.get(country, country)}-"
+        return next((region for region in _REGIONS.split() if region.startswith(start)), _NO_REGION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +109,15 @@ Fetch: TypeAlias = Callable[[str], Any]
 class WebSearch:
     """The tools of one answer, and the sources that they have shown to the model.
 
-    count_tokens: of a text; only the budget depends on it.
+    count_tokens: of a text; only the budget depends on it. room: tokens that a result may have at most, where the
+    model's context is small.
     """
 
     search: Search
     fetch: Fetch | None = None
     options: SearchOptions = SearchOptions()
     count_tokens: Callable[[str], int] = lambda text: len(text) // _CHARS_PER_TOKEN
+    room: int | None = None
     sources: list[SearchResult] = field(default_factory=list)
 
     def tools(self) -> list[BoundTool]:
@@ -122,7 +142,8 @@ class WebSearch:
         if not results:
             return "Nothing was found."
         pages = await asyncio.gather(*(self._read(result) for result in results))
-        return self._shown([self._number(page) for page in pages], pages, query)
+        numbers = [self._number(page) for page in pages]
+        return await asyncio.to_thread(self._shown, numbers, pages, query)  # millions of words, at worst
 
     async def _page(self, arguments: Mapping[str, Any]) -> str:
         url = _argument(arguments, "url")
@@ -132,7 +153,7 @@ class WebSearch:
         page = _text_of(await call(self.fetch, url))
         title, blocks = await asyncio.to_thread(_readable, page)
         result = SearchResult((title or url)[:_MAX_TITLE_CHARS], url, "", "\n".join(blocks))
-        return self._shown([self._number(result)], [result], "")
+        return await asyncio.to_thread(self._shown, [self._number(result)], [result], "")
 
     async def _read(self, result: SearchResult) -> SearchResult:
         """With the page's text; what can't be read keeps its description."""
@@ -164,7 +185,8 @@ class WebSearch:
         scores = bm25(query, [text for _, text in passages])
         # With equal scores in the order of the results, and of the page.
         order = sorted(range(len(passages)), key=lambda index: -scores[index])
-        left = BUDGETS[self.options.context_size] - sum(map(self.count_tokens, heads))
+        budget = BUDGETS[self.options.context_size]
+        left = min(budget, budget if self.room is None else self.room) - sum(map(self.count_tokens, heads))
         kept: list[int] = []
         for index in order:
             left -= self.count_tokens(passages[index][1])
@@ -189,20 +211,35 @@ class WebSearch:
         return [Citation(source.url, source.title, start, end) for start, end, source in found]
 
 
-def ddgs_search(query: str) -> list[SearchResult]:
+def ddgs_search(query: str, region: str = _NO_REGION) -> list[SearchResult]:
     """By the `ddgs` package (extra "search"), which asks several engines without a key."""
+    check_search(None)
+    from ddgs import DDGS
+    from ddgs.exceptions import DDGSException
+
     try:
-        from ddgs import DDGS
-        from ddgs.exceptions import DDGSException
-    except ImportError as error:
-        raise UsageError("web search needs the package ddgs: pip install 'mlxvlm[search]'") from error
-    try:
-        found = DDGS(timeout=int(SEARCH_TIMEOUT_S)).text(query, max_results=MAX_RESULTS)
+        found = DDGS(timeout=int(SEARCH_TIMEOUT_S)).text(query, region=region, max_results=MAX_RESULTS)
     except DDGSException as error:
         if "No results" in str(error):
             return []
         raise
     return [SearchResult(one.get("title", ""), one.get("href", ""), one.get("body", "")) for one in found]
+
+
+def check_search(address: str | None) -> None:
+    """Raises UsageError for an address that is none; without one, where the package ddgs is missing."""
+    if address is not None:
+        url_search(address)
+        return
+    try:
+        import ddgs  # noqa: F401
+    except ImportError as error:
+        raise UsageError("web search needs the package ddgs: pip install 'mlxvlm[search]'") from error
+
+
+def search_by(address: str | None, options: SearchOptions) -> Search:
+    """The search service at an address, or ddgs, which searches in the user's country."""
+    return url_search(address) if address is not None else partial(ddgs_search, region=options.region)
 
 
 def url_search(address: str) -> Search:

@@ -91,6 +91,22 @@ class MessageToolCall(BaseModel):
     function: CalledFunction
 
 
+class UrlCitation(BaseModel):
+    """A source of the web, and the characters [start_index, end_index) of the content that name it."""
+
+    url: str
+    title: str
+    start_index: int
+    end_index: int
+
+
+class Annotation(BaseModel):
+    """What a place of the content rests on."""
+
+    type: Literal["url_citation"] = "url_citation"
+    url_citation: UrlCitation
+
+
 class AnswerMessage(BaseModel):
     """What the model said."""
 
@@ -98,6 +114,7 @@ class AnswerMessage(BaseModel):
     content: str | None
     refusal: None = None
     tool_calls: list[MessageToolCall] | None = _if_any()
+    annotations: list[Annotation] | None = _if_any("After a web search: the sources that the content names.")
 
 
 class Choice(BaseModel):
@@ -145,6 +162,7 @@ class ChunkDelta(BaseModel):
     role: Literal["assistant"] | None = _if_any()
     content: str | None = _if_any()
     tool_calls: list[ToolCallDelta] | None = _if_any()
+    annotations: list[Annotation] | None = _if_any("After a web search, at the end of the answer.")
 
 
 class ChunkChoice(BaseModel):

@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mlxvlm.agent.tools import CallDelta
+from mlxvlm.agent.rounds import Piece
+from mlxvlm.agent.web_search import Citation
 from mlxvlm.api import answers
 from mlxvlm.api.answers import (
     AnswerMessage,
@@ -63,9 +64,9 @@ class ChoiceAssembler:
 
     def feed(self, delta: Delta) -> list[ChunkChoice]:
         """The pieces that a Delta makes, in order; its logprobs and token ids stand with the first of them."""
-        said: list[str | CallDelta] = [delta.text] if delta.text else []
+        said: list[Piece] = [delta.text] if delta.text else []
         if self._parser is not None:
-            said = self._parser.feed(delta)
+            said = [*self._parser.feed(delta)]
             if delta.finish_reason is not None:
                 said += self._parser.finish()
         pieces = [piece for each in said if (piece := self._said(each)) is not None]
@@ -84,9 +85,11 @@ class ChoiceAssembler:
     def _piece(self, delta: ChunkDelta, reason: answers.FinishReason | None = None) -> ChunkChoice:
         return ChunkChoice(index=self.index, delta=delta, logprobs=None, finish_reason=reason)
 
-    def _said(self, said: str | CallDelta) -> ChunkChoice | None:
+    def _said(self, said: Piece) -> ChunkChoice | None:
         if isinstance(said, str):
             return self._piece(ChunkDelta(content=said)) if said else None
+        if isinstance(said, Citation):
+            return self._piece(ChunkDelta(annotations=[answers.Annotation.model_validate(said.as_annotation())]))
         if self._max_calls is not None and said.index >= self._max_calls:
             return None
         self._has_calls = True
@@ -141,10 +144,12 @@ class WholeChoice:
     _calls: dict[int, _Call] = field(default_factory=dict)
     _logprobs: list[answers.TokenLogprob] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
+    _annotations: list[answers.Annotation] = field(default_factory=list)
     _reason: answers.FinishReason | None = None
 
     def add(self, piece: ChunkChoice) -> None:
         self._text.append(piece.delta.content or "")
+        self._annotations += piece.delta.annotations or ()
         for call in piece.delta.tool_calls or ():
             known = self._calls.setdefault(call.index, _Call(call.id or "", call.function.name or "", []))
             known.arguments.append(call.function.arguments)
@@ -164,7 +169,11 @@ class WholeChoice:
         ]
         return Choice(
             index=self.index,
-            message=AnswerMessage(content=text if text or not calls else None, tool_calls=calls or None),
+            message=AnswerMessage(
+                content=text if text or not calls else None,
+                tool_calls=calls or None,
+                annotations=self._annotations or None,
+            ),
             logprobs=ChoiceLogprobs(content=self._logprobs) if with_logprobs else None,
             finish_reason=self._reason,
             token_ids=self._token_ids if with_token_ids else None,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-from mlxvlm.agent.tools import CallDelta, NamedTool, Tool, ToolChoice
+from mlxvlm.agent.rounds import ToolFormat as ToolFormat
+from mlxvlm.agent.rounds import ToolParser as ToolParser
+from mlxvlm.agent.tools import NamedTool, Tool, ToolChoice
 from mlxvlm.api.messages import AssistantMessage, ChatMessage, ImageContent, ToolMessage, UserMessage
 from mlxvlm.api.sampling import SamplingFields
 from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.api.tools import GrammarFormat, JsonSchema, JsonSchemaFormat, ResponseFormat
 from mlxvlm.engine.params import Grammar, SamplingParams
-from mlxvlm.engine.request import Delta, Request
+from mlxvlm.engine.request import Request
 from mlxvlm.errors import RequestError
 from mlxvlm.messages import ImageOptions, ImagePart, Message, Part, TextPart, ToolCall
 
@@ -23,29 +25,6 @@ _SAME = (
     *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers", "ignore_eos", "seed"),
 )
 _RESERVED = ("messages", "tools", "self")  # of a template's variables
-
-
-class ToolParser(Protocol):
-    """Finds calls in one answer as it arrives."""
-
-    def feed(self, delta: Delta) -> list[str | CallDelta]: ...
-
-    def finish(self) -> list[str | CallDelta]: ...
-
-
-class ToolFormat(Protocol):
-    """How a checkpoint's chat template writes tools and calls: mlxvlm.agent.formats."""
-
-    @property
-    def visible_token_ids(self) -> frozenset[int]: ...
-
-    def messages(self, messages: Sequence[Message], tools: Sequence[Tool], choice: ToolChoice) -> list[Message]: ...
-
-    def variables(self, tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any]: ...
-
-    def grammar(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool = True) -> Grammar | None: ...
-
-    def parser(self, tools: Sequence[Tool], *, constrained: bool = False) -> ToolParser: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +47,18 @@ class ChatPlan:
         return self.format.parser(self.tools, constrained=self.is_constrained)
 
 
-def chat_plan(body: ChatCompletionRequest, defaults: SamplingParams, format: ToolFormat | None = None) -> ChatPlan:
-    """Raises RequestError naming the field. defaults: the checkpoint's, for what the body leaves out."""
+def chat_plan(
+    body: ChatCompletionRequest,
+    defaults: SamplingParams,
+    format: ToolFormat | None = None,
+    own: Sequence[Tool] = (),
+) -> ChatPlan:
+    """Raises RequestError naming the field. defaults: the checkpoint's, for what the body leaves out.
+
+    own: the server's tools, which are offered beside the request's.
+    """
     _check_together(body)
-    tools, choice = chosen_tools(body)
+    tools, choice = chosen_tools(body, own)
     if tools and format is None:
         raise RequestError("this model's server knows no tools: leave tools out", "tools", "unsupported_parameter")
     messages, template = to_messages(body.messages), _template(body)
@@ -120,8 +107,6 @@ def _check_together(body: ChatCompletionRequest) -> None:
     limits = (body.max_tokens, body.max_completion_tokens)
     if None not in limits and limits[0] != limits[1]:
         raise RequestError("max_tokens is the older name of max_completion_tokens: give one of them", "max_tokens")
-    if body.web_search_options is not None:
-        raise RequestError("this server was started without web search", "web_search_options", "unsupported_parameter")
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -168,8 +153,11 @@ def _part(part: Any) -> Part:
     return TextPart(part.refusal if part.type == "refusal" else part.text)
 
 
-def chosen_tools(body: ChatCompletionRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
-    """The tools that stay and the choice among them. Raises RequestError for a choice that names none of them."""
+def chosen_tools(body: ChatCompletionRequest, own: Sequence[Tool] = ()) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The tools that stay and the choice among them. Raises RequestError for a choice that names none of them.
+
+    A tool of the request takes the place of one of `own` with its name.
+    """
     tools = tuple(
         Tool(each.function.name, each.function.description or "", each.function.parameters, bool(each.function.strict))
         for each in body.tools or ()
@@ -177,6 +165,8 @@ def chosen_tools(body: ChatCompletionRequest) -> tuple[tuple[Tool, ...], ToolCho
     names = [tool.name for tool in tools]
     if len(set(names)) != len(names):
         raise RequestError("two tools have the same name", "tools")
+    tools += tuple(tool for tool in own if tool.name not in names)
+    names = [tool.name for tool in tools]
     choice = body.tool_choice
     if choice is None or choice == "auto":
         return tools, "auto" if tools else "none"

@@ -100,7 +100,7 @@ class ChatCompletionRequest(SamplingFields):
     )
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer.")
     web_search_options: WebSearchOptions | None = Field(
-        None, description="Let the model search the web; needs a server that was started with web search."
+        None, description="Let the model search the web; needs a server with --enable-search."
     )
     reasoning_effort: Annotated[str, Field(max_length=MAX_LABEL_CHARS)] | None = Field(
         None, description="Handed to the chat template under this name."

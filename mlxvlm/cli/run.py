@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from mlxvlm.cli.engine_options import add_engine_options, engine_options, start_engine
@@ -21,13 +22,16 @@ from mlxvlm.cli.options import (
 from mlxvlm.cli.printable import printable
 from mlxvlm.cli.progress import byte_bar
 from mlxvlm.cli.sampling_options import add_sampling_options, sampling_params
+from mlxvlm.cli.tool_options import add_tool_options, call_text, chat_tools, mcp_tools, tool_answer
 from mlxvlm.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from mlxvlm.agent.rounds import ToolAnswer
+    from mlxvlm.cli.tool_options import ChatTools
     from mlxvlm.engine.engine import Engine
     from mlxvlm.engine.request import Completion, Delta, Request
     from mlxvlm.engine.stream import Stream
-    from mlxvlm.messages import Message
+    from mlxvlm.messages import Message, ToolCall
 
 _MAX_TOKENS = 2048
 _INTERRUPTED = 130
@@ -73,6 +77,7 @@ def add_parser(commands: Any) -> None:
     add_engine_options(parser)
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
+    add_tool_options(parser)
     parser.set_defaults(execute=execute)
 
 
@@ -90,12 +95,25 @@ def execute(args: argparse.Namespace) -> int:
     timeout_s, options = _timeout_s(args), engine_options(args)
     options["prefix_cache_eager"] = True  # one question a process: what it leaves must be there for the next
     begun = time.perf_counter()
-    prompt = source.processor(messages, options=ImageOptions(args.min_pixels, args.max_pixels))
+    sizes = ImageOptions(args.min_pixels, args.max_pixels)
+    prompt = source.processor(messages, options=sizes)
     prepare_s = time.perf_counter() - begun
-    with byte_bar("loading") as progress, start_engine(args, source, progress, options) as engine:
-        request = Request(messages, sampling, prompt=prompt, timeout_s=timeout_s)
+    with ExitStack() as stack:
+        tools = chat_tools(args, source, stack.enter_context(mcp_tools(args.mcp_config)))
+        progress = stack.enter_context(byte_bar("loading"))
+        engine = stack.enter_context(start_engine(args, source, progress, options))
+        request = Request(messages, sampling, image_options=sizes, prompt=prompt, timeout_s=timeout_s)
         answer = _print_json if args.json else _print_stream
-        return answer(args, engine, request, prepare_s)
+        return answer(args, engine, _submitted(args, engine, request, tools), prepare_s)
+
+
+def _submitted(args: argparse.Namespace, engine: Engine, request: Request, tools: ChatTools) -> Stream | ToolAnswer:
+    def show(calls: Sequence[ToolCall]) -> None:
+        if not args.quiet:
+            print("\n".join(f"[{call_text(call)}]" for call in calls), file=sys.stderr)
+
+    rounds = tools.rounds(engine, request, show)
+    return engine.submit(request) if rounds is None else tool_answer(engine, rounds)
 
 
 def _timeout_s(args: argparse.Namespace) -> float | None:
@@ -129,14 +147,14 @@ def _read_stdin() -> str:
         raise InputError(f"the prompt on stdin is not text: {error}") from error
 
 
-def _print_stream(args: argparse.Namespace, engine: Engine, request: Request, prepare_s: float) -> int:
+def _print_stream(args: argparse.Namespace, engine: Engine, stream: Stream | ToolAnswer, prepare_s: float) -> int:
     is_terminal = sys.stdout.isatty()
 
     def show(text: str) -> None:
         sys.stdout.write(printable(text) if is_terminal else text)
         sys.stdout.flush()
 
-    completion, code = _consume(engine.submit(request), show)
+    completion, code = _consume(stream, show)
     if not completion.text.endswith("\n"):
         show("\n")
     usage = completion.usage
@@ -149,14 +167,14 @@ def _print_stream(args: argparse.Namespace, engine: Engine, request: Request, pr
     return code
 
 
-def _print_json(args: argparse.Namespace, engine: Engine, request: Request, prepare_s: float) -> int:
-    completion, code = _consume(engine.submit(request), lambda text: None)
+def _print_json(args: argparse.Namespace, engine: Engine, stream: Stream | ToolAnswer, prepare_s: float) -> int:
+    completion, code = _consume(stream, lambda text: None)
     figures = _as_json(args.model, completion, engine.memory().peak_bytes, prepare_s)
     print(json.dumps(figures, ensure_ascii=False))
     return code
 
 
-def _consume(stream: Stream, show: Callable[[str], None]) -> tuple[Completion, int]:
+def _consume(stream: Stream | ToolAnswer, show: Callable[[str], None]) -> tuple[Completion, int]:
     """The whole answer, shown as it comes. The first Ctrl-C ends it with what there is, a second one leaves."""
     from mlxvlm.engine.stream import collect
 

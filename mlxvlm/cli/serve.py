@@ -9,15 +9,17 @@ import argparse
 import os
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvlm.cli.engine_options import add_engine_options, engine_options, max_memory_bytes
 from mlxvlm.cli.options import REQUANTIZE, add_model_options, add_quantisation_options, load_options
+from mlxvlm.cli.tool_options import add_tool_options, mcp_tools
 from mlxvlm.errors import UsageError
 
 if TYPE_CHECKING:
+    from mlxvlm.agent.loop import BoundTool
     from mlxvlm.server.registry import ModelSpec
     from mlxvlm.server.settings import ServerSettings
 
@@ -39,7 +41,7 @@ _OF_MODELS = (
 # Field of ServerSettings -> flag.
 _SETTINGS = {
     **{name: name for name in ("host", "port", "api_key", "allow_private_urls", "image_root", "max_connections")},
-    **{name: name for name in ("log_json", "ui", "enable_search")},
+    **{name: name for name in ("log_json", "ui", "enable_search", "search_url", "mcp_config", "max_tool_rounds")},
     "idle_unload_s": "idle_unload",
     "drain_s": "drain",
 }
@@ -79,7 +81,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--ui", action=argparse.BooleanOptionalAction, help="the page for browsers (default: for this machine only)"
     )
-    parser.add_argument("--enable-search", action="store_true", help="let requests ask for web search")
+    add_tool_options(parser)
     # None and False stand for what is not given: the defaults come after the file.
     parser.set_defaults(unset=vars(parser.parse_args([])), parser=parser, execute=execute)
 
@@ -133,11 +135,17 @@ def _count(text: str) -> int:
 def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
     flags, tables = merged(args)
-    settings = settings_of(flags)
-    return _run(settings, specs_of(flags, tables, args.parser))
+    settings, specs = settings_of(flags), specs_of(flags, tables, args.parser)
+    with mcp_tools(settings.mcp_config) as mcp:
+        is_stuck = _run(settings, specs, mcp)
+    if is_stuck:
+        sys.stdout.flush()
+        os._exit(0)  # a fetch that does not end would hold up the interpreter's end
+    return 0
 
 
-def _run(settings: ServerSettings, specs: list[ModelSpec]) -> int:
+def _run(settings: ServerSettings, specs: list[ModelSpec], mcp: Sequence[BoundTool]) -> bool:
+    """Whether something can't be ended."""
     import asyncio
 
     from mlxvlm.server.assembly import assemble
@@ -160,7 +168,7 @@ def _run(settings: ServerSettings, specs: list[ModelSpec]) -> int:
         registry = Registry(specs, CheckpointLoader(), idle_unload_s=settings.idle_unload_s, drain_s=settings.drain_s)
         names = ", ".join(registry.names)
         await serve(
-            assemble(registry, settings),
+            assemble(registry, settings, mcp),
             registry,
             settings,
             listener,
@@ -168,10 +176,7 @@ def _run(settings: ServerSettings, specs: list[ModelSpec]) -> int:
         )
         return registry.is_stuck
 
-    if asyncio.run(main()):
-        sys.stdout.flush()
-        os._exit(0)  # a fetch that does not end would hold up the interpreter's end
-    return 0
+    return asyncio.run(main())
 
 
 def merged(args: argparse.Namespace) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Protocol, TypeAlias, cast
 
 from mlxvlm.engine.request import Delta, Request
-from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import MlxvlmError
 
 
@@ -28,19 +27,32 @@ class Patience:
     send_timeout_s: float = 300.0
 
 
-class Submitter(Protocol):
-    """The engine."""
+class Deltas(Protocol):
+    """An engine's Stream, or one like it."""
 
-    def submit(self, request: Request) -> Stream: ...
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...] | None: ...
+
+    async def prepared(self) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    def cancel(self) -> None: ...
+
+
+class Submitter(Protocol):
+    """The engine, or what stands before it."""
+
+    def submit(self, request: Request) -> Deltas: ...
 
 
 Arrived: TypeAlias = list[tuple[int, Delta]]
 
 
-Counted: TypeAlias = Callable[[Stream], AsyncGenerator[Delta, None]]
+Counted: TypeAlias = Callable[[Deltas], AsyncGenerator[Delta, None]]
 
 
-def _deltas(stream: Stream) -> AsyncGenerator[Delta, None]:
+def _deltas(stream: Deltas) -> AsyncGenerator[Delta, None]:
     return cast("AsyncGenerator[Delta, None]", aiter(stream))
 
 
@@ -56,7 +68,7 @@ class Answering:
         """counted: stands between a stream and its reader."""
         self._engine, self._requests, self._patience = engine, requests, patience
         self._counted: Counted = counted or _deltas
-        self._streams: list[Stream] = []
+        self._streams: list[Deltas] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._arrived: deque[tuple[int, Delta | MlxvlmError]] = deque()
         self._something = asyncio.Event()
@@ -136,7 +148,7 @@ class Answering:
         self._something.clear()
         return True
 
-    async def _pump(self, index: int, stream: Stream) -> None:
+    async def _pump(self, index: int, stream: Deltas) -> None:
         try:
             await stream.prepared()
             self._unprepared -= 1

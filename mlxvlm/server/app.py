@@ -23,6 +23,7 @@ from mlxvlm.server.models import ModelRoutes, Models
 from mlxvlm.server.operations import TokenRoutes
 from mlxvlm.server.replies import error_reply
 from mlxvlm.server.responses import response_routes
+from mlxvlm.server.tool_rounds import ServerTools
 
 CLIENT_LEFT = 499  # nginx's code: nobody reads it but logs
 
@@ -50,14 +51,16 @@ def create_app(
     middleware: Sequence[Middleware] = (),
     routes: Sequence[BaseRoute] = (),
     patience: Patience | None = None,
+    tools: ServerTools | None = None,
 ) -> Starlette:
     """An ASGI application over these models.
 
     read_json: a request's body -> its value, within limits. fetch_picture: an image_url's text -> bytes, after the
     server's policy. note_usage: told of each answer, for a log; timed: stands between streams and their readers, to
-    count. middleware: pure ASGI, outermost first. routes: more endpoints. patience: waiting times and bounds.
+    count. middleware: pure ASGI, outermost first. routes: more endpoints. patience: waiting times and bounds. tools:
+    those that the server itself answers.
     """
-    doors = Doors(models, read_json, fetch_picture, patience or Patience(), note_usage, timed)
+    doors = Doors(models, read_json, fetch_picture, patience or Patience(), note_usage, timed, tools or ServerTools())
     about, tokens = ModelRoutes(models), TokenRoutes(doors)
     own = [
         Route("/v1/chat/completions", ChatCompletions(doors), methods=["POST"]),

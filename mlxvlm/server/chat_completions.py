@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
+from mlxvlm.agent.rounds import Said
 from mlxvlm.api.assemble import ChatAssembler, ChoiceAssembler
 from mlxvlm.api.base import parse
 from mlxvlm.api.plan import ChatPlan, chat_plan
@@ -41,11 +42,14 @@ class ChatCompletions:
     async def _answer(self, body: ChatCompletionRequest, scope: Scope, send: Send) -> None:
         doors = self._doors
         async with doors.models.acquire(body.model) as model:
-            plan = chat_plan(body, model.engine.config.sampling, model.tools)
+            offered = doors.tools.offered(body, model)
+            plan = chat_plan(body, model.engine.config.sampling, model.tools, offered.tools)
+            rounds = offered.submitter(plan)
             requests = await doors.with_pictures(plan.requests)
-            async with doors.answering(model, requests) as answering:
+            async with doors.answering(model, requests, rounds) as answering:
                 note = partial(doors.note_usage, scope, model.name)
-                reply = Reply(_Chat(body, chat_assembler(body, plan, model)), answering, note)
+                assembler = chat_assembler(body, plan, model, has_rounds=rounds is not None)
+                reply = Reply(_Chat(body, assembler), answering, note)
                 await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))
 
 
@@ -82,15 +86,17 @@ class _Chat:
         return prompts[0] if self.body.return_token_ids else None
 
 
-def chat_assembler(body: ChatCompletionRequest, plan: ChatPlan, model: LoadedModel) -> ChatAssembler:
-    """For the choices of one request."""
+def chat_assembler(
+    body: ChatCompletionRequest, plan: ChatPlan, model: LoadedModel, *, has_rounds: bool = False
+) -> ChatAssembler:
+    """For the choices of one request. has_rounds: their Deltas are RoundDeltas."""
     engine = model.engine
     choices = [
         ChoiceAssembler(
             index,
             engine.processor.tokenizer.token_bytes if body.logprobs else None,
             frozenset() if body.ignore_eos else engine.config.eos_token_ids,
-            plan.parser(),
+            Said() if has_rounds else plan.parser(),
             max_calls=plan.max_calls,
             with_token_ids=bool(body.return_token_ids),
         )

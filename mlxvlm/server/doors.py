@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Scope
 
 from mlxvlm.engine.request import Delta, Request, Usage
-from mlxvlm.engine.stream import Stream
 from mlxvlm.messages import ImagePart, Message
-from mlxvlm.server.answering import Answering, Patience
+from mlxvlm.server.answering import Answering, Deltas, Patience, Submitter
 from mlxvlm.server.models import LoadedModel, Models
+from mlxvlm.server.tool_rounds import ServerTools
 
 ReadJSON: TypeAlias = Callable[[HTTPRequest], Awaitable[Any]]
 FetchPicture: TypeAlias = Callable[[str], Awaitable[Any]]  # an image_url's text -> what processors take
 NoteUsage: TypeAlias = Callable[[Scope, str, Usage], None]  # the model's name, and what all choices took
-Timed: TypeAlias = Callable[[str, Stream], AsyncGenerator[Delta, None]]  # the model's name
+Timed: TypeAlias = Callable[[str, Deltas], AsyncGenerator[Delta, None]]  # the model's name
 
 
 @dataclass(frozen=True, slots=True)
 class Doors:
-    """timed: the Deltas of a stream, whatever is counted of them; None: nothing is."""
+    """timed: the Deltas of a stream, whatever is counted of them; None: nothing is. tools: that the server answers."""
 
     models: Models
     read_json: ReadJSON
@@ -31,12 +31,15 @@ class Doors:
     patience: Patience
     note_usage: NoteUsage
     timed: Timed | None = None
+    tools: ServerTools = field(default_factory=ServerTools)
 
-    def answering(self, model: LoadedModel, requests: Sequence[Request]) -> Answering:
-        """The streams of these requests."""
+    def answering(
+        self, model: LoadedModel, requests: Sequence[Request], submitter: Submitter | None = None
+    ) -> Answering:
+        """The streams of these requests. submitter: what stands before the model's engine."""
         timed = self.timed
         counted = None if timed is None else (lambda stream: timed(model.name, stream))
-        return Answering(model.engine, requests, self.patience, counted)
+        return Answering(submitter or model.engine, requests, self.patience, counted)
 
     async def with_pictures(self, requests: Sequence[Request]) -> tuple[Request, ...]:
         """The requests of one plan, which share their messages, with their pictures fetched, each once."""

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxvlm.engine.request import Delta, Usage
 from mlxvlm.engine.stats import EngineStats
-from mlxvlm.engine.stream import Stream
+from mlxvlm.server.answering import Deltas
 
 Figures: TypeAlias = Callable[[], Mapping[str, EngineStats]]  # of the loaded models, by name
 MemoryFigures: TypeAlias = Callable[[], Mapping[str, int]]  # bytes by kind: active, peak, cached
@@ -78,7 +78,7 @@ class Metrics:
         if usage.completion_tokens:
             self.first_token_s.labels(model).observe(usage.time_to_first_token_s)
 
-    async def timed(self, model: str, stream: Stream) -> AsyncGenerator[Delta, None]:
+    async def timed(self, model: str, stream: Deltas) -> AsyncGenerator[Delta, None]:
         """The stream's Deltas, with the time between those that bring tokens observed and the usage counted.
 
         Closing it cancels the stream, as leaving `async for` over the stream itself does.

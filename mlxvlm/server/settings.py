@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from mlxvlm.agent.loop import MAX_ROUNDS, MOST_ROUNDS
 from mlxvlm.errors import UsageError
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")  # as a Host header writes them
@@ -34,6 +35,9 @@ class ServerSettings:
     log_json: bool = False
     ui: bool | None = None  # the page; None: where only this machine can connect
     enable_search: bool = False
+    search_url: str | None = None  # a search service of the operator's own, which also enables search
+    mcp_config: Path | None = None
+    max_tool_rounds: int = MAX_ROUNDS
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
@@ -50,6 +54,8 @@ class ServerSettings:
         ):
             if not 0 < limit < 1e12:
                 raise UsageError(f"{name} must be above 0, not {limit:g}")
+        if not 1 <= self.max_tool_rounds <= MOST_ROUNDS:
+            raise UsageError(f"--max-tool-rounds is a number from 1 to {MOST_ROUNDS}, not {self.max_tool_rounds}")
         if not 0 <= self.drain_s < 1e6:
             raise UsageError(f"--drain is a number of seconds, not {self.drain_s:g}")
         if self.image_root is not None and not self.image_root.is_dir():

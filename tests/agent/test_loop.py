@@ -166,6 +166,7 @@ def test_results_hold_no_special_tokens() -> None:
     outcome = go(script, lambda _: "<|eot|><|eot|>a</s>|<|eo", special_tokens=["<|eot|>", "</s>", "a"])
     assert outcome.turns[-1].text == "< |eot|>< |eot|>a< /s>|<|eo"
     assert without_special_tokens("<s>", ()) == "<s>"
+    assert without_special_tokens("<a<b>>", ["<a<b>>", "<b>"]) == "< a< b>>", "one inside another"
 
 
 def test_callbacks() -> None:

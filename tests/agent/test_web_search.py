@@ -217,7 +217,7 @@ def test_citations() -> None:
 def test_options() -> None:
     location = {"type": "approximate", "approximate": {"city": "Berlin", "country": "DE"}}
     options = SearchOptions.from_openai({"search_context_size": "low", "user_location": location})
-    assert options == SearchOptions("low", "Berlin, DE")
+    assert options == SearchOptions("low", "Berlin, DE", "DE")
     assert SearchOptions.from_openai({"user_location": {"type": "approximate", "city": "Rome"}}).location == "Rome"
     assert SearchOptions.from_openai({}) == SearchOptions("medium", "")
     for wrong in ({"search_context_size": "huge"}, {"user_location": "Rome"}, {"user_location": {"city": 3}}):

@@ -185,7 +185,6 @@ def test_tool_choices() -> None:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
-        ({"web_search_options": {}}, "web_search_options"),
         ({"tools": [LOOK, LOOK]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "hear"}}}, "tool_choice"),

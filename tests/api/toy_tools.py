@@ -47,6 +47,7 @@ class ToyFormat:
     """Forces with a regular expression; names tools in a template variable."""
 
     visible_token_ids = frozenset[int]()
+    control_texts = frozenset({"<end>"})
 
     def messages(self, messages: Sequence[Message], tools: Sequence[Tool], choice: ToolChoice) -> list[Message]:
         return [

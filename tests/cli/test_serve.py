@@ -62,7 +62,8 @@ def test_all_flags(tmp_path: Path) -> None:
         *("-m", "demo", "--host", "0.0.0.0", "--api-key", "key", "--allowed-host", "a", "--allowed-host", "b"),
         *("--cors-origin", "https://page.example", "--allow-private-urls", "--image-root", str(tmp_path), "--log-json"),
         *("--max-body-mb", "1.5", "--max-connections", "7", "--idle-unload", "9", "--drain", "0", "--no-ui"),
-        "--enable-search",
+        *("--enable-search", "--search-url", "http://localhost:8080/?q={query}", "--max-tool-rounds", "3"),
+        *("--mcp-config", str(tmp_path / "mcp.json")),
     )
     assert settings == ServerSettings(
         host="0.0.0.0",
@@ -78,6 +79,9 @@ def test_all_flags(tmp_path: Path) -> None:
         log_json=True,
         ui=False,
         enable_search=True,
+        search_url="http://localhost:8080/?q={query}",
+        max_tool_rounds=3,
+        mcp_config=tmp_path / "mcp.json",
     )
 
 

@@ -10,9 +10,11 @@ from mlxvlm.cli.engine_options import add_engine_options, engine_options, start_
 from mlxvlm.cli.options import add_image_options, add_model_options, add_quantisation_options, open_source
 from mlxvlm.cli.progress import byte_bar
 from mlxvlm.cli.sampling_options import add_sampling_options, sampling_params
+from mlxvlm.cli.tool_options import add_tool_options, chat_tools, mcp_tools
 
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import ModelSource
+    from mlxvlm.cli.chat.session import Session
 
 _MAX_TOKENS = 2048
 _EPILOG = """\
@@ -51,6 +53,7 @@ def add_parser(commands: Any) -> None:
     add_engine_options(parser)
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
+    add_tool_options(parser)
     parser.set_defaults(execute=execute)
 
 
@@ -65,20 +68,25 @@ def execute(args: argparse.Namespace) -> int:
     sampling = sampling_params(args, sampling_defaults(source))
     sampling.check(sys.maxsize)  # before the weights; the vocabulary's size is looked at later
     options = engine_options(args)
-    with byte_bar("loading") as progress:
-        engine = start_engine(args, source, progress, options)
-    with engine:
+    with mcp_tools(args.mcp_config) as mcp:
+        tools = chat_tools(args, source, mcp)
+        with byte_bar("loading") as progress:
+            engine = start_engine(args, source, progress, options)
         sizes = ImageOptions(args.min_pixels, args.max_pixels)
-        session = Session(
-            engine, args.model, _about(source, args), sampling, sizes, system=args.system, pending=pictures
-        )
-        if _is_terminal():
-            from mlxvlm.cli.chat.terminal import Terminal
+        about = _about(source, args)
+        session = Session(engine, args.model, about, sampling, sizes, system=args.system, pending=pictures, tools=tools)
+        with engine:
+            return _chat(session, args)
 
-            return Terminal(session, is_quiet=args.quiet, keeps_history=not args.no_history).run()
-        from mlxvlm.cli.chat.pipe import chat
 
-        return chat(session)
+def _chat(session: Session, args: argparse.Namespace) -> int:
+    if _is_terminal():
+        from mlxvlm.cli.chat.terminal import Terminal
+
+        return Terminal(session, is_quiet=args.quiet, keeps_history=not args.no_history).run()
+    from mlxvlm.cli.chat.pipe import chat
+
+    return chat(session)
 
 
 def _is_terminal() -> bool:

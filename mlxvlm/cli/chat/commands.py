@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlxvlm.agent.web_search import check_search
 from mlxvlm.cli.chat import transcript
 from mlxvlm.cli.chat.session import Picture, Session, Turn, figures
 from mlxvlm.cli.chat.words import SPACES, is_dropped, last_word, split_sources
@@ -204,6 +205,24 @@ def _model(session: Session, argument: str) -> Outcome:
     return Outcome(f"{session.model}: {session.about}")
 
 
+def _search(session: Session, argument: str) -> Outcome:
+    """Also where the chat was begun without one."""
+    if session.tools is None:
+        raise UsageError("this chat has no tools")
+    if argument.lower() not in ("on", "off", ""):
+        raise UsageError(f"\\search is on or off, not {argument[:40]!r}")
+    if argument:
+        if argument.lower() == "on":
+            check_search(session.tools.search_url)
+        session.tools.searches = argument.lower() == "on"
+    return Outcome(f"Web search is {'on' if session.tools.searches else 'off'}.")
+
+
+def _tools(session: Session, argument: str) -> Outcome:
+    names = session.tools.names if session.tools is not None else []
+    return Outcome("\n".join(names) or "The model has no tools: \\search on, or --mcp-config FILE.")
+
+
 def _exit(session: Session, argument: str) -> Outcome:
     return Outcome(leave=True)
 
@@ -222,6 +241,8 @@ COMMANDS = {
     ),
     "max": Command(partial(_set, "max_tokens", int), "[N | default | off]", "the longest answer, in tokens"),
     "seed": Command(partial(_set, "seed", int), "[N | default | off]", "the same seed gives the same answer"),
+    "search": Command(_search, "[on | off]", "let the model search the web"),
+    "tools": Command(_tools, "", "what the model may use"),
     "save": Command(_save, "FILE", "write the conversation as JSON, in OpenAI's shape", takes_path=True),
     "load": Command(_load, "FILE", "go on with a saved conversation", takes_path=True),
     "stats": Command(_stats, "", "tokens, caches, memory"),

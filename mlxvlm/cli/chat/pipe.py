@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mlxvlm.cli.chat.commands import take
 from mlxvlm.cli.chat.session import Session
 from mlxvlm.cli.printable import printable
+from mlxvlm.cli.tool_options import call_text
 from mlxvlm.errors import InputError, MlxvlmError
+from mlxvlm.messages import ToolCall
 
 _INTERRUPTED = 130
 
@@ -25,8 +27,10 @@ def chat(session: Session) -> int:
             if outcome.leave:
                 break
             if outcome.ask is not None:
-                completion = session.answer(outcome.ask, _show, outcome.kept)
+                completion = session.answer(outcome.ask, _show, outcome.kept, _tell)
                 _show("" if completion.text.endswith("\n") else "\n")
+                for source in session.sources:
+                    print(source, file=sys.stderr)
                 if completion.finish_reason == "cancelled":
                     return _INTERRUPTED
         except MlxvlmError as error:
@@ -41,6 +45,11 @@ def _lines() -> Iterator[str]:
             yield line.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(f"a line on stdin is not text: {error}") from error
+
+
+def _tell(calls: Sequence[ToolCall]) -> None:
+    for call in calls:
+        print(f"[{call_text(call)}]", file=sys.stderr)
 
 
 def _show(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from mlxvlm.cli.chat.words import is_file, is_url
 from mlxvlm.cli.interrupts import on_interrupt
 from mlxvlm.cli.printable import printable
+from mlxvlm.cli.tool_options import ChatTools, OnCalls, tool_answer
 from mlxvlm.engine.request import Completion, Delta, Request, Usage
 from mlxvlm.engine.stream import collect
 from mlxvlm.messages import ImageOptions, ImagePart, Message, TextPart, system
@@ -18,6 +19,7 @@ from mlxvlm.processors.images import load_image
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mlxvlm.agent.web_search import Citation
     from mlxvlm.engine.engine import Engine
     from mlxvlm.engine.params import SamplingParams
 
@@ -90,6 +92,8 @@ class Session:
     pending: list[Picture] = field(default_factory=list)
     last: Completion | None = None
     sampling: SamplingParams = field(init=False)
+    tools: ChatTools | None = None
+    cited: list[Citation] = field(default_factory=list)  # by the last answer
 
     def __post_init__(self) -> None:
         self.sampling = self.start
@@ -98,8 +102,12 @@ class Session:
         """A question about the pictures that wait for one; they stay until it is answered."""
         return Turn("user", (*self.pending, *([text] if text else [])))
 
-    def answer(self, question: Turn, show: Show, kept: int | None = None) -> Completion:
+    def answer(
+        self, question: Turn, show: Show, kept: int | None = None, on_calls: OnCalls = lambda calls: None
+    ) -> Completion:
         """Asks after the first `kept` turns (None: all of them), and keeps question and answer in place of the rest.
+
+        on_calls: told of the tools that the model uses. Their results are not kept, what it made of them is.
 
         Ctrl-C ends the answer with what there is; one without a word is not kept. Raises MlxvlmError, and keeps
         everything as it was.
@@ -110,7 +118,9 @@ class Session:
         deltas: list[Delta] = []
         begun = False
         request = Request(messages, self.sampling, image_options=self.image_options)
-        with self.engine.submit(request) as stream, on_interrupt(stream.cancel, _PATIENCE):
+        rounds = None if self.tools is None else self.tools.rounds(self.engine, request, on_calls)
+        asked = self.engine.submit(request) if rounds is None else tool_answer(self.engine, rounds)
+        with asked as stream, on_interrupt(stream.cancel, _PATIENCE):
             for delta in stream:
                 # Templates write the space after "Assistant:" themselves in the turns before.
                 text = delta.text if begun else delta.text.lstrip()
@@ -123,7 +133,13 @@ class Session:
             self.turns = [*earlier, question, Turn("assistant", (completion.text.strip(),))]
             self.pending = [picture for picture in self.pending if picture not in question.pictures]
             self.last = completion
+            self.cited = [] if rounds is None else rounds.citations
         return completion
+
+    @property
+    def sources(self) -> list[str]:
+        """What the last answer cites, each once, as lines."""
+        return [f"{title}: {url}" for title, url in dict.fromkeys((each.title, each.url) for each in self.cited)]
 
     def clear(self) -> None:
         """Forgets what was said and attached, not the settings."""

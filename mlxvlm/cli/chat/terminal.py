@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from mlxvlm.cli.chat.completion import ChatCompleter
 from mlxvlm.cli.chat.markdown import MarkdownView
 from mlxvlm.cli.chat.session import Session, Turn, figures
 from mlxvlm.cli.printable import printable
+from mlxvlm.cli.tool_options import call_text
 from mlxvlm.errors import MlxvlmError
+from mlxvlm.messages import ToolCall
 
 _HISTORY, _MAC_DATA, _DATA = "mlxvlm/chat_history", "Library/Application Support", ".local/share"
 _MAX_HISTORY_CHARS = 100_000  # of one entry: a pasted data: URL is not worth keeping
@@ -101,10 +103,18 @@ class Terminal:
             waiting.stop()
             view.feed(text)
 
+        def tell(calls: Sequence[ToolCall]) -> None:
+            waiting.stop()
+            view.close()
+            for call in calls:
+                self._say(f"[{call_text(call)}]")
+            if not is_dumb:
+                waiting.start()
+
         if not is_dumb:
             waiting.start()
         try:
-            completion = self._session.answer(question, show, kept)
+            completion = self._session.answer(question, show, kept, tell)
         finally:
             waiting.stop()
             view.close()
@@ -112,6 +122,7 @@ class Terminal:
             self._say("Stopped.")
         if completion.finish_reason == "length":
             self._say(f"Cut at {completion.usage.completion_tokens} tokens: \\max N sets the limit.")
+        self._say("\n".join(self._session.sources))
         if not self._is_quiet:
             self._say(figures(completion.usage))
         self._console.print()
