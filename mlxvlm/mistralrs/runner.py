@@ -40,9 +40,16 @@ REFUSED_METHODS: Mapping[str, str] = {
     "generate_image": _TEXT_ONLY,
     "generate_audio": _TEXT_ONLY,
     **dict.fromkeys(("begin_calibration", "calibration_status", "apply_calibration"), "types are made without it"),
-    **dict.fromkeys(("load_lora_adapter", "unload_lora_adapter", "list_lora_adapters"), "merge the adapter first"),
+    **dict.fromkeys(
+        ("load_lora_adapter", "unload_lora_adapter", "list_lora_adapters", "lora_adapter_status"),
+        "merge the adapter first",
+    ),
     **dict.fromkeys(("set_default_model_id", "unload_model", "reload_model", "remove_model"), _ONE_MODEL),
+    **dict.fromkeys(("is_model_loaded", "list_models_with_status", "list_unloaded_models"), _ONE_MODEL),
+    **dict.fromkeys(("get_model_status", "send_completion_request_to_model"), _ONE_MODEL),
+    "send_chat_completion_request_to_model": _ONE_MODEL,
     **dict.fromkeys(("export_session", "import_session", "delete_session"), "a chat is the messages that you keep"),
+    **dict.fromkeys(("list_session_ids", "find_file"), "a chat is the messages that you keep"),
 }
 
 
@@ -189,16 +196,15 @@ class Runner:
 
     def _with_tools(self, body: Body, request: ChatCompletionRequest) -> tuple[Body, list[BoundTool]]:
         """The tools that are called here, those of a web search added to the body's."""
+        bound = []
+        if request.web_search_options is not None:
+            bound = self._web_search(request.web_search_options).tools()
+            data = body.model_dump(by_alias=True, exclude_none=True)
+            body = parse(Body, data | {"tools": [*data.get("tools", ()), *(each.tool.as_template() for each in bound)]})
         tools, choice = chosen_tools(body)
         names = {tool.name for tool in tools}
-        bound = with_callbacks(tools, {name: each for name, each in self._callbacks.items() if name in names})
-        if request.web_search_options is not None:
-            found = self._web_search(request.web_search_options).tools()
-            added = [each.tool.as_template() for each in found]
-            data = body.model_dump(by_alias=True, exclude_none=True)
-            body = parse(Body, data | {"tools": [*data.get("tools", ()), *added]})
-            bound += found
-        return body, [] if choice == "none" and tools else bound
+        bound += with_callbacks(tools, {name: each for name, each in self._callbacks.items() if name in names})
+        return body, [] if choice == "none" else bound
 
     def _web_search(self, options: WebSearchOptions | Mapping[str, Any]) -> WebSearch:
         if self._search is None:
