@@ -59,6 +59,7 @@ def test_whole_streamed_and_async(model: Model) -> None:
 def test_a_cancelled_task_ends_its_answer(model: Model) -> None:
     messages = question()._set(ignore_eos=True, temperature=1.0)
     engine = model.runner._engine
+    before = engine.stats().generated_tokens
 
     async def leave() -> None:
         task = asyncio.create_task(model.async_send_chat_request(messages))
@@ -70,6 +71,7 @@ def test_a_cancelled_task_ends_its_answer(model: Model) -> None:
 
     asyncio.run(leave())
     assert eventually(lambda: engine.stats().running == 0)
+    assert engine.stats().generated_tokens - before < 1000  # of the context's 2,048
 
 
 @pytest.mark.parametrize(

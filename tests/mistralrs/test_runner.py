@@ -16,6 +16,7 @@ from PIL import Image
 import mlxvlm
 from mlxvlm import ChatCompletionRequest, CompletionRequest, Runner, ToolChoice, VisionArchitecture, Which
 from mlxvlm.errors import EngineClosedError, ImageError, MlxvlmError, RequestError, UsageError
+from tests.fakes import eventually
 
 PICTURE = Path(__file__).parent.parent.parent / "examples" / "pictures" / "pink-heart.png"
 QUESTION, ANSWER = "What color is the heart?", " The heart is pink."
@@ -112,12 +113,12 @@ def test_choices_of_a_stream_all_come(runner: Runner) -> None:
 
 
 def test_a_stream_that_is_left_ends(runner: Runner) -> None:
+    before = runner._engine.stats().generated_tokens
     stream = runner.send_chat_completion_request(asked(PICTURE, stream=True, ignore_eos=True))
     next(stream)
     stream.close()
-    from tests.fakes import eventually
-
     assert eventually(lambda: runner._engine.stats().running == 0)
+    assert runner._engine.stats().generated_tokens - before < 1000  # of the context's 2,048
 
 
 def test_structured_output(runner: Runner) -> None:
@@ -138,6 +139,8 @@ def test_callbacks_answer_calls(runner: Runner) -> None:
     assert res.choices[0].finish_reason == "stop"
     assert res.choices[0].message.tool_calls is None
     assert res.usage.prompt_tokens > 2 * once.usage.prompt_tokens  # of both rounds
+    said = runner.tokenize_text(res.choices[0].message.content, add_special_tokens=False)
+    assert res.usage.completion_tokens > len(said) + 10  # a call has more
     request = asked(PICTURE, tool_schemas=[json.dumps(PAINT)], tool_choice="required", stream=True)
     chunks = list(runner.send_chat_completion_request(request))
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == res.choices[0].message.content
@@ -178,8 +181,9 @@ def test_calls_without_a_callback_are_given_back(runner: Runner) -> None:
 
 
 def test_no_tools(runner: Runner) -> None:
-    res = runner.send_chat_completion_request(asked(PICTURE, tools=[PAINT], tool_choice=ToolChoice.NoTools))
-    assert res.choices[0].message.content == ANSWER
+    request = asked(PICTURE, tools=[PAINT], tool_choice=ToolChoice.NoTools, n_choices=2)
+    res = runner.send_chat_completion_request(request)
+    assert [each.message.content for each in res.choices] == [ANSWER] * 2
 
 
 def test_web_search(monkeypatch: pytest.MonkeyPatch) -> None:
