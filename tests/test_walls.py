@@ -37,6 +37,13 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         {"api", "agent", "engine.params", "engine.request", "processors.base", "messages", "errors"},
         {"pydantic", "pydantic_core"},
     ),
+    "mistralrs": (
+        {
+            *("mistralrs", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.hub"),
+            *("api", "agent", "processors.base", "messages", "errors"),
+        },
+        {"pydantic"},
+    ),
     "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
     "server": (
         {
@@ -65,7 +72,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"tqdm", "prompt_toolkit", "rich", "markdown_it", "PIL", "textual_image"},
     ),
-    "__init__": ({"engine", "runner", "messages", "errors"}, set()),
+    "__init__": ({"engine", "runner", "mistralrs", "messages", "errors"}, set()),
     "__main__": ({"cli"}, set()),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -115,6 +122,7 @@ def test_only_the_table_and_its_files_name_a_family() -> None:
     own = {f"{room}/{word}.py" for room in ("processors", "models") for word in words} | {"families.py"}
     # A text part alone is a family too; llama.cpp's architectures, projectors and tokenizers bear families' names.
     own |= {"models/decoder.py", "processors/ggml_tokenizer.py", "processors/files.py"}
+    own |= {"mistralrs/architectures.py"}  # the other runtime's names of them
     own |= {f"checkpoint/llama_cpp/{name}.py" for name in ("text", "vision", "names")}
     for path in FILES:
         if str(path.relative_to(PACKAGE)) in own:

@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlxvlm.engine import admission, context, device
 from mlxvlm.engine.admission import Admission
+from mlxvlm.engine.asking import Asking
 from mlxvlm.engine.caches import make_caches
 from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.constraints import Constraints
@@ -29,7 +30,7 @@ from mlxvlm.engine.decoding import Counts, Decoding, Ends
 from mlxvlm.engine.draft_model import Draft, speculation
 from mlxvlm.engine.failures import failure_of
 from mlxvlm.engine.kv_layout import quantised
-from mlxvlm.engine.request import Completion, FinishReason, Request
+from mlxvlm.engine.request import FinishReason, Request
 from mlxvlm.engine.runner import ModelRunner
 from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
@@ -45,7 +46,7 @@ _LONGEST_SLEEP_S = 3600.0  # for a command; much more is too much for the system
 Build: TypeAlias = Callable[[Progress], VisionLanguageModel]
 
 
-class Engine:
+class Engine(Asking):
     """Submit requests from any thread; each answer comes through its own Stream.
 
     The constructor returns when the model is loaded, or raises what loading raised.
@@ -108,10 +109,6 @@ class Engine:
             self._commands.put(partial(self._watch, sequence))
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
         return stream
-
-    def generate(self, request: Request) -> Completion:
-        """Waits for a whole answer."""
-        return self.submit(request).result()
 
     def memory(self) -> device.MemoryReport:
         """MLX's memory counters of this process."""

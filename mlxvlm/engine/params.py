@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from mlxvlm.errors import UsageError
 
@@ -120,6 +120,34 @@ class SamplingParams:
     def reads_history(self) -> bool:
         """Whether choosing a token needs the ones before it on the host."""
         return self.dry_multiplier > 0 or self.grammar is not None
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams, for functions that take them by name."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    typical_p: float
+    xtc_probability: float
+    xtc_threshold: float
+    max_tokens: int | None
+    seed: int | None
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_sequence_breakers: Sequence[str]
+    logit_bias: Mapping[int, float]
+    stop: Sequence[str]
+    stop_token_ids: Collection[int]
+    visible_token_ids: Collection[int]
+    ignore_eos: bool
+    top_logprobs: int | None
+    grammar: Grammar | None
 
 
 # What a parameter may be; doors describe it with the same numbers.

@@ -1,0 +1,39 @@
+"""Llama 3.2 Vision by mistral.rs's API.
+
+python examples/runner/llama_vision.py --model lamm-mit/Cephalo-Llama-3.2-11B-Vision-Instruct-128k --isq Q4K
+"""
+
+import argparse
+from pathlib import Path
+
+from mlxvlm import ChatCompletionRequest, Runner, VisionArchitecture, Which
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="demo")
+parser.add_argument("--isq")
+parser.add_argument("--image", default=str(Path(__file__).parent.parent / "pictures" / "red-heart-black-square.png"))
+args = parser.parse_args()
+
+arch = None if args.model == "demo" else VisionArchitecture.VLlama
+which = Which.VisionPlain(model_id=args.model, arch=arch)
+with Runner(which=which, in_situ_quant=args.isq) as runner:
+    res = runner.send_chat_completion_request(
+        ChatCompletionRequest(
+            model="llama-vision",
+            messages=[
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": args.image}},
+                        {"type": "text", "text": "What is in this image?"},
+                    ],
+                }
+            ],
+            max_tokens=256,
+            presence_penalty=1.0,
+            top_p=0.1,
+            temperature=0.1,
+        )
+    )
+    print(res.choices[0].message.content)
+    print(res.usage)
