@@ -210,7 +210,7 @@ class Engine:
             self._admission = rows = Admission(budget, used, sizes)
             self._runner.spare = lambda: rows.spare
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
-        except Exception as error:  # noqa: BLE001 - the top of the engine thread
+        except BaseException as error:  # noqa: BLE001 - as in failure_of(); the constructor waits for it
             model = None  # whoever keeps the error keeps this frame
             self._loaded.set_exception(error)
             return False
