@@ -19,8 +19,8 @@ ANSWER_STEP = 1024  # tokens that an answer without a limit reserves at a time
 _TOWER_VALUES = 80
 _PREFILL_VALUES = 24  # for each value of the hidden states: residual, norm, attention's five, the MLP's 3 of 4 widths
 _SCORE_COPIES = 3  # scores, masked scores and probabilities, where attention writes them to memory
-# For each logit of a row's step: float32, with copies that are penalised, scaled, ranked. Measured on the CPU backend: 9
-# with a temperature, 42 with top_p and top_logprobs, 103 with everything at once, which rows of a batch share.
+# For each logit of a row's step: float32, with copies that are penalised, scaled, ranked. Measured on the CPU backend:
+# 9 with a temperature, 42 with top_p and top_logprobs, 103 with everything at once; what one row wants, all rows take.
 _LOGITS_BYTES = 112
 _CHECKED_BYTES = 32  # beside that, for each logit of a checked position; measured: 26 with everything at once
 

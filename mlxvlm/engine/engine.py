@@ -102,8 +102,7 @@ class Engine:
             if len(self._open) - self._scheduler.num_running >= self.config.max_queue:
                 raise OverloadedError(f"{self.config.max_queue} requests are waiting, which is the limit: try again")
             self._open[sequence.id] = sequence
-            prepared = self._pool.submit(self._prepare, sequence, request)
-        sequence.preparing = prepared
+            sequence.preparing = prepared = self._pool.submit(self._prepare, sequence, request)
         if sequence.deadline < math.inf:
             self._commands.put(partial(self._watch, sequence))
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
@@ -332,6 +331,7 @@ class Engine:
         self._scheduler.remove(sequence)  # last: what the caches take until then is beside what is reserved
         if sequence.preparing is not None:
             sequence.preparing.cancel()
+            sequence.preparing = None  # whose callback holds the sequence, and this engine
         with self._lock:
             self._open.pop(sequence.id, None)
             if not self._open:

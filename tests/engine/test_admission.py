@@ -229,8 +229,17 @@ class Wordy(FakeModel):
 
 
 EVERYTHING: dict[str, Any] = {
-    **{"temperature": 0.7, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "typical_p": 0.99, "xtc_probability": 0.5},
-    **{"repetition_penalty": 1.1, "frequency_penalty": 0.1, "logit_bias": {1: 1.0}, "top_logprobs": 20, "seed": 1},
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "top_k": 50,
+    "min_p": 0.01,
+    "typical_p": 0.99,
+    "xtc_probability": 0.5,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.1,
+    "logit_bias": {1: 1.0},
+    "top_logprobs": 20,
+    "seed": 1,
 }
 
 
