@@ -182,7 +182,8 @@ def test_a_closed_engine_goes_away_with_what_was_never_prepared() -> None:
     assert processor.gate.entered.wait(30)
     engine.submit(ask([5])).cancel()
     engine.submit(ask([6]))
-    assert eventually(lambda: len(engine._open) == 2)
+    still_open = engine._open
+    assert eventually(lambda: len(still_open) == 2)
     threading.Thread(
         target=lambda closing: eventually(closing.is_set) and processor.gate.opened.set(), args=(engine._closing,)
     ).start()
