@@ -22,6 +22,7 @@ from mlxvlm.messages import Message, TextPart, user
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.processors.base import PreparedImage, Prompt
 from tests.golden import GOLDENS, Case
+from tests.processors.conftest import Web, web  # noqa: F401
 
 FAMILIES = (
     *("idefics3_split", "llama4_norms", "llava_clip", "llava_next_tiles", "mllama_tiles"),
@@ -199,19 +200,21 @@ def test_another_picture_is_another_answer(family: Family, cold: Cold) -> None:
         assert len(set(tower.encoded)) == len(tower.encoded) == 3
 
 
-def test_a_picture_is_the_same_however_it_comes(family: Family) -> None:
+def test_a_picture_is_the_same_however_it_comes(family: Family, web: Web) -> None:  # noqa: F811 - a fixture
     path = family.picture("wide")
     data, array = path.read_bytes(), np.array(Image.open(path).convert("RGB"))
     lossless = io.BytesIO()
     Image.fromarray(array).save(lossless, "bmp")
     text = base64.b64encode(data).decode()
     sources = [path, str(path), data, text, f"data:image/png;base64,{text}", array, lossless.getvalue()]
+    sources += [path.absolute().as_uri(), web.add("/wide.png", data), web.add("/other?name", lossless.getvalue())]
     with family.engine(prefix_cache_bytes=PLENTY, feature_cache_bytes=PLENTY) as (engine, tower):
         for source in sources:
             sampling = SamplingParams(max_tokens=1)
             engine.generate(Request([user("What do you see?", [source])], sampling, family.case.template))
         assert len(tower.encoded) == 1
         assert engine.stats().feature_cache.entries == 1
+    assert len(web.asked) == 2
 
 
 def test_evictions_change_nothing(family: Family, cold: Cold) -> None:

@@ -103,8 +103,7 @@ class Engine(Asking):
             if len(self._open) - self._scheduler.num_running >= self.config.max_queue:
                 raise OverloadedError(f"{self.config.max_queue} requests are waiting, which is the limit: try again")
             self._open[sequence.id] = sequence
-            prepared = self._pool.submit(self._prepare, sequence, request)
-        sequence.preparing = prepared
+            sequence.preparing = prepared = self._pool.submit(self._prepare, sequence, request)
         if sequence.deadline < math.inf:
             self._commands.put(partial(self._watch, sequence))
         prepared.add_done_callback(lambda future: self._commands.put(partial(self._prepared, sequence, future)))
@@ -207,7 +206,7 @@ class Engine(Asking):
             self._admission = rows = Admission(budget, used, sizes)
             self._runner.spare = lambda: rows.spare
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
-        except Exception as error:  # noqa: BLE001 - the top of the engine thread
+        except BaseException as error:  # noqa: BLE001 - as in failure_of(); the constructor waits for it
             model = None  # whoever keeps the error keeps this frame
             self._loaded.set_exception(error)
             return False
@@ -329,6 +328,7 @@ class Engine(Asking):
         self._scheduler.remove(sequence)  # last: what the caches take until then is beside what is reserved
         if sequence.preparing is not None:
             sequence.preparing.cancel()
+            sequence.preparing = None  # whose callback holds the sequence, and this engine
         with self._lock:
             self._open.pop(sequence.id, None)
             if not self._open:

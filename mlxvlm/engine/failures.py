@@ -12,7 +12,7 @@ def failure_of(work: Callable[[], None]) -> MlxvlmError | None:
     """Runs some work of requests; the one place where an unexpected error is caught."""
     try:
         work()
-    except Exception as error:  # noqa: BLE001 - the top of the engine thread
+    except BaseException as error:  # noqa: BLE001 - the top of the engine thread; a panic of Rust's is no Exception
         text = traceback.format_exc()
         _drop_frames(error)
         if isinstance(error, MlxvlmError):

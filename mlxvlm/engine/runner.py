@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from weakref import WeakMethod
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +23,7 @@ from mlxvlm.engine.sampler import Sampled, sample
 from mlxvlm.engine.sequence import Phase, Sequence
 from mlxvlm.engine.verify import Verification
 from mlxvlm.models.base import KVSpec, RowState, VisionLanguageModel
-from mlxvlm.processors.base import PreparedImage
+from mlxvlm.processors.base import PreparedImage, Prompt
 
 # Pixels that go through the tower at once: 16 frames of 512 x 512 x 3. More saves little and costs memory.
 _VISION_BATCH = 16 * 512 * 512 * 3
@@ -221,12 +222,19 @@ def _sizes(model: VisionLanguageModel, specs: Seq[KVSpec], prefill_chunk: int) -
         itemsize=embeds.dtype.size,
         vocab_size=model.vocab_size,
         score_heads=0 if is_fused else max(hidden // head_dim, 1),
-        # Only families whose rows hold more than their KV say how much.
-        state_bytes=getattr(model, "state_bytes", lambda prompt: 0),
+        state_bytes=_state_bytes(model),
         prefill_chunk=prefill_chunk,
         vision_batch=_VISION_BATCH,
         unpacked_token=max(unpacked, default=0),
     )
+
+
+def _state_bytes(model: VisionLanguageModel) -> Callable[[Prompt], int]:
+    """Only families whose rows hold more than their KV say how much. Weakly: a closed engine still has its budget."""
+    if not hasattr(model, "state_bytes"):
+        return lambda prompt: 0
+    count: WeakMethod[Callable[[Prompt], int]] = WeakMethod(model.state_bytes)
+    return lambda prompt: method(prompt) if (method := count()) else 0
 
 
 def _last_tokens(rows: Seq[Sequence], previous: Step | None) -> mx.array:

@@ -25,8 +25,9 @@ from mlxvlm.errors import MemoryBudgetError, ModelError, OverloadedError
 from mlxvlm.messages import ImagePart, Message, TextPart
 from mlxvlm.models.base import KVSpec
 from mlxvlm.processors.base import PreparedImage, Prompt
+from tests.engine.guessing import Told, told
 from tests.engine.test_engine import ids_of
-from tests.fakes import FakeModel, Gate, answer, ask, eventually, fake_engine
+from tests.fakes import FakeModel, Gate, answer, ask, eventually, fake_engine, is_empty
 from tests.golden import GOLDENS, Case
 
 SPEC = KVSpec(1, 4)
@@ -42,12 +43,12 @@ def picture(values: int) -> PreparedImage:
 def test_what_a_row_needs() -> None:
     sizes = Sizes(7, 1, 5, 2, 11, 3, lambda prompt: 1000 * len(prompt.images), 4, 100)
     of_text = Admission(10**9, 0, sizes).need(Prompt((1,) * 9), 20)
-    assert of_text == Need(28, 9 * 5 * 2 + 32 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 9) * 2)
+    assert of_text == Need(28, 9 * 5 * 2 + 112 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 9) * 2)
     with_pictures = Prompt((1,) * 9, (picture(70), picture(60)))
-    assert Admission(10**9, 0, sizes).need(with_pictures, 1) == Need(9, 2 * 90 + 4 * 130 + 2000 + 352, 80 * 100 * 2)
+    assert Admission(10**9, 0, sizes).need(with_pictures, 1) == Need(9, 2 * 90 + 4 * 130 + 2000 + 1232, 80 * 100 * 2)
     # What an answer that outgrows the context may run again, and one layer's keys and values in full.
     again = Admission(10**9, 0, replace(sizes, unpacked_token=13)).need(Prompt((1,) * 9), 20, 50)
-    assert again == Need(28, 50 * 5 * 2 + 32 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 50) * 2 + 13 * 50)
+    assert again == Need(28, 50 * 5 * 2 + 112 * 11, (24 * 4 * 5 + 3 * 3 * 4 * 50) * 2 + 13 * 50)
     large = Prompt((1,) * 9, (picture(700),))
     assert Admission(10**9, 0, sizes).need(large, 1).work == 80 * 700 * 2
 
@@ -214,6 +215,52 @@ def budget_for(*needs: tuple[int, int]) -> int:
     """Bytes for rows of (prompt, max_tokens), beside what other tests have left behind."""
     rows = Admission(1 << 60, 0, Sizes(PER_TOKEN, 1, 4, 4, 61, 1, lambda prompt: 0, 2048, 10**9))
     return rows.bytes_of([rows.need(Prompt((1,) * length), count) for length, count in needs])
+
+
+class Wordy(FakeModel):
+    """So many words that logits outweigh all else."""
+
+    vocab_size = 30_000
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        few = super().logits(hidden)
+        rest = mx.full((*few.shape[:-1], self.vocab_size - few.shape[-1]), -5.0)
+        return mx.concatenate([few, rest], axis=-1)
+
+
+EVERYTHING: dict[str, Any] = {
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "top_k": 50,
+    "min_p": 0.01,
+    "typical_p": 0.99,
+    "xtc_probability": 0.5,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.1,
+    "logit_bias": {1: 1.0},
+    "top_logprobs": 20,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize(("rows", "guesses"), [(1, 0), (6, 0), (1, 15), (4, 3)])
+def test_sampling_stays_below_what_is_reserved(rows: int, guesses: int) -> None:
+    """In every way at once, with a step under way, and with guesses to check."""
+    limits = {"speculation": "on", "max_draft_tokens": guesses} if guesses else {}
+    with fake_engine(Wordy(), **limits) as engine:
+        if guesses:
+            told(engine, Told({})).guess = lambda row, count: [1] * count
+        engine.generate(ask([1], 2))
+        assert eventually(lambda: is_empty(engine))
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        floor, reserved = mx.get_active_memory(), 0
+        streams = [engine.submit(ask([number, 2], 20, **EVERYTHING)) for number in range(1, rows + 1)]
+        for stream in streams:
+            for _ in stream:
+                reserved = max(reserved, engine.stats().reserved_bytes)
+        assert bool(engine.stats().drafted_tokens) == bool(guesses)
+        assert mx.get_peak_memory() - floor <= reserved
 
 
 def test_what_does_not_fit_beside_others_waits() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.request import Request
 from mlxvlm.engine.stream import Stream
@@ -20,6 +21,7 @@ from tests.engine.test_engine import ids_of
 from tests.fakes import (
     VOCAB,
     FakeModel,
+    FakeProcessor,
     Gate,
     answer,
     ask,
@@ -118,6 +120,35 @@ def test_text_that_can_not_be_decoded_ends_its_row_alone() -> None:
             engine.generate(ask(BREAKING, 40))
         for ids, stream in zip(SOUND, others, strict=False):
             assert ids_of(stream.result()) == answer(ids, 40)
+
+
+class PanicException(BaseException):
+    """What comes out of a Rust library that panics: no Exception."""
+
+
+@pytest.mark.parametrize("where", ["encode", "decode"])
+def test_a_panic_ends_its_request_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(what: Any) -> Any:
+        if BAD in (what if where == "decode" else [ord(c) - ord("0") for c in what]):
+            raise PanicException("index out of bounds")
+        return tokenizer_does(what)
+
+    with fake_engine() as engine:
+        tokenizer_does = getattr(engine.processor.tokenizer, where)
+        monkeypatch.setattr(engine.processor.tokenizer, where, panic)
+        other = engine.submit(ask(SOUND[0], 40))
+        with pytest.raises(InternalError, match="PanicException: index out of bounds"):
+            engine.generate(ask(BREAKING if where == "decode" else [BAD], 40))
+        assert ids_of(other.result()) == answer(SOUND[0], 40)
+
+
+@pytest.mark.parametrize("error", [PanicException("index out of bounds"), SystemExit(3)])
+def test_a_panic_while_loading_is_raised_where_the_engine_is_made(error: BaseException) -> None:
+    def build(progress: Any) -> Any:
+        raise error
+
+    with pytest.raises(type(error)):
+        Engine(build, FakeProcessor(), EngineConfig(100, frozenset()))
 
 
 def test_a_row_without_keys_and_values_ends() -> None:

@@ -6,16 +6,21 @@ import asyncio
 import threading
 import time
 import weakref
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from mlxvlm.checkpoint.load import LoadOptions
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.draft_model import Draft
+from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import EngineClosedError, InputError, OverloadedError, UsageError
-from mlxvlm.messages import ImagePart, Message, TextPart
+from mlxvlm.messages import ImagePart, Message, TextPart, user
 from tests.engine.conftest import our_threads
 from tests.engine.test_engine import ids_of
 from tests.fakes import (
@@ -30,8 +35,10 @@ from tests.fakes import (
     look_at,
     looked,
 )
+from tests.golden import GOLDENS, Case
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
+FAMILIES = ("idefics3_split", "llama4_norms", "llava_next_tiles", "mllama_tiles", "qwen2_vl_tied")
 PHASES = ("preparing", "waiting", "vision", "prefill", "decode")
 
 
@@ -150,6 +157,40 @@ def test_closing(phase: str, drain_s: float | None) -> None:
         stage.engine.submit(ask([1]))
     assert stage.engine._commands.empty()
     assert stage.engine.stats().running == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_closed_engine_keeps_no_model(name: str) -> None:
+    """Even where it is itself kept, and no garbage is collected; its numbers can still be read."""
+    case = Case(GOLDENS / name)
+    source, floor = case.open(), mx.get_active_memory()
+    build = partial(source.build, LoadOptions("float32"))
+    config = EngineConfig(source.max_context, frozenset(), speculation="on")
+    engine = Engine(build, source.processor, config, draft=Draft(build, source.processor, source.max_context))
+    picture = user("What?", [GOLDENS / "images" / "wide.png"])
+    engine.generate(Request([picture], SamplingParams(max_tokens=5), case.template))
+    assert mx.get_active_memory() > floor
+    engine.close()
+    assert mx.get_active_memory() <= floor
+    assert engine.stats().model_bytes > 0
+
+
+def test_a_closed_engine_goes_away_with_what_was_never_prepared() -> None:
+    processor, engine = Slow(), fake_engine(num_workers=1)
+    engine.processor = processor
+    engine.submit(Request([Message("user", (TextPart("wait"),))]))
+    assert processor.gate.entered.wait(30)
+    engine.submit(ask([5])).cancel()
+    engine.submit(ask([6]))
+    still_open = engine._open
+    assert eventually(lambda: len(still_open) == 2)
+    threading.Thread(
+        target=lambda closing: eventually(closing.is_set) and processor.gate.opened.set(), args=(engine._closing,)
+    ).start()
+    engine.close()
+    kept = weakref.ref(engine)
+    del engine
+    assert eventually(lambda: kept() is None)
 
 
 def test_a_stream_keeps_nothing_of_what_has_ended() -> None:
