@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from mlxvlm.server.capacity import Capacity
 from mlxvlm.server.guard import Guard
 from mlxvlm.server.json_body import Bodies, BodyLimits, read_json
 from mlxvlm.server.metrics import Metrics, RequestMetrics
@@ -19,8 +20,8 @@ from mlxvlm.server.settings import ServerSettings
 
 
 def protected(app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> ASGIApp:
-    """The app behind its log, its counters and its guard, from the outside in."""
-    return RequestLog(RequestMetrics(Guard(app, settings), metrics))
+    """The app behind its log, its counters, its limit of requests and its guard, from the outside in."""
+    return RequestLog(RequestMetrics(Capacity(Guard(app, settings), settings.max_connections), metrics))
 
 
 def assemble(registry: Registry, settings: ServerSettings) -> ASGIApp:

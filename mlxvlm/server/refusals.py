@@ -17,7 +17,7 @@ def error_body(message: str, kind: str = "invalid_request_error", code: str | No
 
 async def send_error(send: Send, status: int, message: str, code: str | None = None, headers: Headers = ()) -> None:
     """A whole answer. A body that may still come is left to the connection, which has a time limit for it."""
-    body = error_body(message, code=code)
+    body = error_body(message, "server_error" if status >= 500 else "invalid_request_error", code)
     fixed = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
