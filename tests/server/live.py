@@ -60,6 +60,7 @@ class Live:
             self.engine = model.engine
         while not self.stopping.is_set():
             await asyncio.sleep(0.02)
+        registry.refuse()
         serve.cancel()
         await asyncio.wait({serve})
 
@@ -68,15 +69,14 @@ class Live:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
-    def send(self, data: bytes, *, end: bool = False) -> list[Answer]:
-        """Whatever bytes, to their answers' end; end: nothing more will come."""
+    def send(self, data: bytes, *, patience_s: float = 60) -> list[Answer]:
+        """Whatever bytes, to their answers' end or until nothing comes for so long."""
         with closing(self.connect()) as connection:
             try:
                 connection.sendall(data)
-                if end:
-                    connection.shutdown(socket.SHUT_WR)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # refused before its end
+            connection.settimeout(patience_s)
             return answers(read_all(connection))
 
     def post(self, body: bytes, path: str = "/v1/chat/completions", headers: str = "") -> Answer:
@@ -117,7 +117,7 @@ def read_all(connection: socket.socket) -> bytes:
     try:
         while piece := connection.recv(1 << 16):
             data += piece
-    except ConnectionResetError:
+    except (ConnectionResetError, TimeoutError):
         pass
     return bytes(data)
 
@@ -143,6 +143,7 @@ def live(settings: ServerSettings | None = None) -> Iterator[Live]:
     finally:
         server.stopping.set()
         server.thread.join(60)
+        server.listener.close()
         assert not server.thread.is_alive()
 
 
