@@ -69,15 +69,19 @@ class Live:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
-    def send(self, data: bytes, *, patience_s: float = 60) -> list[Answer]:
-        """Whatever bytes, to their answers' end or until nothing comes for so long."""
+    def exchange(self, data: bytes, *, patience_s: float = 60) -> bytes:
+        """What comes back for whatever bytes, to its end or until nothing comes for so long."""
         with closing(self.connect()) as connection:
             try:
                 connection.sendall(data)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # refused before its end
             connection.settimeout(patience_s)
-            return answers(read_all(connection))
+            return read_all(connection)
+
+    def send(self, data: bytes) -> list[Answer]:
+        """The answers to whatever bytes."""
+        return answers(self.exchange(data))
 
     def post(self, body: bytes, path: str = "/v1/chat/completions", headers: str = "") -> Answer:
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n{headers}"
@@ -150,18 +154,14 @@ def live(settings: ServerSettings | None = None) -> Iterator[Live]:
 class Beside:
     """A long seeded stream, over and over, beside whatever else happens; each must equal the one given alone."""
 
-    body = json.dumps(
-        {
-            "messages": [{"role": "user", "content": "Go on."}],
-            **{"stream": True, "temperature": 2.0, "seed": 7, "max_tokens": 600, "ignore_eos": True},
-            "return_token_ids": True,
-        }
-    ).encode()
-
-    def __init__(self, server: Live) -> None:
-        self.server, self.differing, self.count = server, [], 0
+    def __init__(self, server: Live, count: int) -> None:
+        fields = {"stream": True, "temperature": 2.0, "seed": 7, "max_tokens": count, "ignore_eos": True}
+        body = {"messages": [{"role": "user", "content": "Go on."}], "return_token_ids": True, **fields}
+        self.body = json.dumps(body).encode()
+        self.server, self.count = server, 0
+        self.differing: list[list[int]] = []
         self.alone = self._stream()
-        assert len(self.alone) > 600
+        assert len(self.alone) > count
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._run, name="beside")
 

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mlxvlm
+from mlxvlm.server import serving
 from mlxvlm.server.settings import ServerSettings
 from tests.server import hostile
-from tests.server.live import Answer, Beside, Held, Live, held, is_back, live
+from tests.server.live import Answer, Beside, Held, Live, answers, held, is_back, live
 
 # What must never be shown: frames, and where the server's own files are.
 SECRETS = (b"Traceback", b'File \\"', b"site-packages", str(Path(mlxvlm.__file__).parent).encode(), b"0x7f", b"tests/")
@@ -40,10 +41,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 @pytest.fixture(autouse=True)
-def others_notice_nothing(server: Live, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def others_notice_nothing(server: Live, caplog: pytest.LogCaptureFixture, pytestconfig: pytest.Config) -> Iterator[None]:
     """A stream beside the test arrives unchanged; all that the test took is given back; no frames are logged."""
     server.chat(messages=hostile.HELLO, max_tokens=2)
-    beside = Beside(server)
+    beside = Beside(server, 600 if pytestconfig.getoption("--abuse") else 200)
     before = floor(server)
     with beside:
         yield
@@ -107,13 +108,17 @@ def test_wrong_heads(server: Live, pytestconfig: pytest.Config) -> None:
     @given(st.data())
     def run(data: st.DataObject) -> None:
         sent = data.draw(hostile.heads(server.port))
-        for answer in server.send(sent, patience_s=0.1):
-            if not sent.startswith(b"HEAD"):
+        received = server.exchange(sent, patience_s=0.1)
+        assert b"HTTP/1.1 5" not in received, sent
+        if b"HEAD " not in sent:  # its answers have a length, and nothing of it
+            for answer in answers(received):
                 check(answer, sent)
 
     run()
 
 
+# What Pillow warns of is no news for a server (processors/images.py), but an error in tests.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_pictures(server: Live, pytestconfig: pytest.Config) -> None:
     @examples(pytestconfig, 60, 600)
     @given(hostile.damaged_pictures())
@@ -149,9 +154,9 @@ def test_a_text_beyond_any_context_is_refused_at_once(server: Live) -> None:
     assert b"2,000,0" in answer.body, "by its characters: its tokens were never counted"
 
 
-@pytest.mark.parametrize("bomb", hostile.bombs(), ids=range(len(hostile.bombs())))
-def test_bombs(server: Live, bomb: bytes) -> None:
-    refused(server.post(hostile.asks_of(hostile.data_url(bomb))))
+def test_bombs(server: Live) -> None:
+    for bomb in hostile.bombs():
+        refused(server.post(hostile.asks_of(hostile.data_url(bomb))), bomb)
 
 
 def test_sources(server: Live) -> None:
@@ -172,7 +177,8 @@ def test_pictures_without_end(server: Live) -> None:
         refused(server.post(hostile.asks_of(good, max_pixels=pixels)))
 
 
-def test_bodies_without_end(server: Live) -> None:
+def test_bodies_without_end(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(serving._LIMITS_S, "rest", 0.5)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
     (answer,) = server.send(f"{head}Content-Length: {100 << 20}\r\n\r\n".encode())
     assert answer.status == 413
@@ -183,7 +189,7 @@ def test_bodies_without_end(server: Live) -> None:
             connection.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
 
 
-def test_slow_and_many(server: Live, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+def test_slow_and_many(server: Live, pytestconfig: pytest.Config) -> None:
     """More silent connections than the server has room for keep nobody out."""
     count = 1500 if pytestconfig.getoption("--abuse") else 400
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n".encode()
@@ -241,5 +247,5 @@ def test_requests_in_a_row_are_answered_in_order(server: Live) -> None:
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
     bodies = [good, b"{", good, b"[]", b"{}"] * 4
     data = b"".join(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies)
-    found = server.send(data, patience_s=2)
+    found = answers(server.exchange(data, patience_s=2))
     assert [answer.status for answer in found] == [200, 400, 200, 400, 400] * 4
