@@ -24,6 +24,7 @@ import time
 import urllib.request
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ Json = dict[str, Any]
 
 def prompt_of(client: int, repeat: int) -> str:
     """None begins as another does, so that nothing kept between requests helps."""
-    return f"{client} {repeat} {time.time_ns()} " + WORDS * 6
+    return f"{client} {repeat} {time.time_ns()} " + WORDS
 
 
 async def ask(port: int, model: str, prompt: str, tokens: int) -> tuple[list[float], int]:
@@ -66,10 +67,10 @@ async def clients(port: int, model: str, number: int, tokens: int) -> Json:
         return [await ask(port, model, prompt_of(client, repeat), tokens) for repeat in range(REPEATS)]
 
     begun = time.perf_counter()
-    found = sum(await asyncio.gather(*(one(client) for client in range(number))), [])
+    found = [each for answers in await asyncio.gather(*map(one, range(number))) for each in answers]
     seconds = time.perf_counter() - begun
     first = sorted(times[1] - times[0] for times, _ in found)
-    gaps = sorted(after - before for times, _ in found for before, after in zip(times[1:], times[2:], strict=False))
+    gaps = sorted(after - before for times, _ in found for before, after in pairwise(times[1:]))
     return {
         "requests_per_s": len(found) / seconds,
         "tokens_per_s": sum(count for _, count in found) / seconds,

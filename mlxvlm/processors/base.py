@@ -59,7 +59,7 @@ class Processor(Protocol):
 
 
 def check_length(text: str, longest_token: int, max_context: int) -> None:
-    """Raises ContextLengthError for a text that fits in no case: to find out by its tokens takes a second a megabyte."""
+    """Raises ContextLengthError for a text that can't fit: to find out by its tokens takes a second a megabyte."""
     if len(text) > _SHORTENING * longest_token * max_context:
         raise ContextLengthError(
             f"the prompt has {len(text):,} characters, which the model's context of {max_context} tokens can't hold: "

@@ -20,7 +20,9 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000
 HELLO = [{"role": "user", "content": "hi"}]
 HUGE = (10**9, 2**31, 2**63, 2**64, 10**39, -1, -(2**63) - 1, 0, 1e308, -0.0, 1.5, True, "5", None, [], {})
 
-_texts = st.text(max_size=12) | st.sampled_from(["", "\0", "\u202e", "{{7*7}}", "<image>", "../../etc/passwd", "é" * 300])
+_texts = st.text(max_size=12) | st.sampled_from(
+    ["", "\0", "\u202e", "{{7*7}}", "<image>", "../../etc/passwd", "é" * 300]
+)
 _values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_texts, inner, max_size=4),
@@ -110,7 +112,10 @@ def large_bodies() -> list[Json]:
     many = [{"role": "user", "content": "a"}] * 5000
     fields: list[Json] = [
         *({"stop": stop} for stop in (["a" * 1_000_000], ["a"] * 1_000_000, "a" * 1_000_000, [""], [[]], [None] * 65)),
-        *({"messages": [{"role": "user", "content": text}]} for text in ("a" * 1_000_000, "a " * 9_000_000, "", "\0" * 9)),
+        *(
+            {"messages": [{"role": "user", "content": text}]}
+            for text in ("a" * 1_000_000, "a " * 9_000_000, "", "\0" * 9)
+        ),
         {"messages": many},
         {"messages": []},
         {"top_k": 10**9},
@@ -182,13 +187,29 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
 
 def sources(secret: str) -> list[Json]:
     """Where a picture can't be, or must not be looked for; `secret` is a file that is none of the server's."""
-    here = "127.0.0.1 localhost 0x7f000001 2130706433 017700000001 127.1 [::1] [::ffff:127.0.0.1] 0.0.0.0 169.254.169.254"
+    here = (
+        "127.0.0.1 localhost 0x7f000001 2130706433 017700000001 127.1 [::1] [::ffff:127.0.0.1] 0.0.0.0 169.254.169.254"
+    )
     urls = [f"http://{host}/x.png" for host in here.split()] + ["http://10.0.0.1/", "http://a:b@127.0.0.1/", "http://"]
     urls += ["https://", "http://\0", "http://[", "http://127.0.0.1:99999/", "ftp://x/y", "gopher://x", "javascript:1"]
-    files = [secret, f"file://{secret}", f"file://localhost{secret}", f"file://evil.example{secret}", "file:", "file://"]
+    files = [
+        secret,
+        f"file://{secret}",
+        f"file://localhost{secret}",
+        f"file://evil.example{secret}",
+        "file:",
+        "file://",
+    ]
     files += ["/etc/passwd", "file:///etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "/proc/kmsg", "~root/x"]
     files += ["../" * 20 + "etc/passwd", "link.png", "folder-link/secret.png", "pipe", ".", "", " ", "\0", "a" * 300]
-    lies = ["data:", "data:,", "data:image/png;base64,", "data:image/png;base64,%", "data:text/html,<b>", "data:;base64,AAAA"]
+    lies = [
+        "data:",
+        "data:,",
+        "data:image/png;base64,",
+        "data:image/png;base64,%",
+        "data:text/html,<b>",
+        "data:;base64,AAAA",
+    ]
     lies += [data_url(b"<svg/>", "image/svg+xml"), data_url(b"%!PS\n", "image/png"), data_url(b"PK\3\4" * 99)]
     odd: list[Json] = [5, None, [], {}, {"url": None}, {"url": "x", "detail": "best"}, {"uri": "x"}]
     return [*urls, *files, *lies, *odd]
@@ -207,7 +228,15 @@ _lines = st.sampled_from(
         *("Transfer-Encoding: chunked", "Transfer-Encoding: gzip, chunked", "Transfer-Encoding: identity"),
         *("Transfer-Encoding : chunked", "Content-Encoding: gzip", "Content-Type: text/plain", "Expect: 100-continue"),
         *("Content-Type: multipart/form-data; boundary=a", "Content-Type: application/json", "Upgrade: websocket"),
-        *("Connection: Upgrade", "Upgrade: h2c", " folded", "X\0: y", "no colon", "X: " + "a" * 40_000, "X-Request-Id: \x07"),
+        *(
+            "Connection: Upgrade",
+            "Upgrade: h2c",
+            " folded",
+            "X\0: y",
+            "no colon",
+            "X: " + "a" * 40_000,
+            "X-Request-Id: \x07",
+        ),
         *("Authorization: Bearer \xff", "Cookie: a=b", "Range: bytes=0-1"),
     ]
 )
@@ -218,8 +247,12 @@ _targets = st.sampled_from(
         *("/v1/chat/completions/", "/docs/../health", "/health/..", "/none"),
     ]
 )
-_methods = st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "TRACE", "CONNECT", "PRI", "get", "", "\0"])
-_bodies = st.sampled_from([b"", b"{}", b"[]", b"0\r\n\r\n", b"2\r\n{}\r\n0\r\n\r\n", b"ffffffffffffffffff\r\n", b"-1\r\n"])
+_methods = st.sampled_from(
+    ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "TRACE", "CONNECT", "PRI", "get", "", "\0"]
+)
+_bodies = st.sampled_from(
+    [b"", b"{}", b"[]", b"0\r\n\r\n", b"2\r\n{}\r\n0\r\n\r\n", b"ffffffffffffffffff\r\n", b"-1\r\n"]
+)
 
 
 @st.composite

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,8 @@ class Live:
     def exchange(self, data: bytes, *, patience_s: float = 60) -> bytes:
         """What comes back for whatever bytes, to its end or until nothing comes for so long."""
         with closing(self.connect()) as connection:
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # refused before its end
                 connection.sendall(data)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # refused before its end
             connection.settimeout(patience_s)
             return read_all(connection)
 

@@ -41,7 +41,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 @pytest.fixture(autouse=True)
-def others_notice_nothing(server: Live, caplog: pytest.LogCaptureFixture, pytestconfig: pytest.Config) -> Iterator[None]:
+def others_notice_nothing(
+    server: Live, caplog: pytest.LogCaptureFixture, pytestconfig: pytest.Config
+) -> Iterator[None]:
     """A stream beside the test arrives unchanged; all that the test took is given back; no frames are logged."""
     server.chat(messages=hostile.HELLO, max_tokens=2)
     beside = Beside(server, 600 if pytestconfig.getoption("--abuse") else 200)
@@ -130,7 +132,9 @@ def test_damaged_pictures(server: Live, pytestconfig: pytest.Config) -> None:
 
 def some(pytestconfig: pytest.Config, every: list[Any], count: int) -> list[Any]:
     """All of them with --abuse, else an arbitrary few."""
-    return every if pytestconfig.getoption("--abuse") else random.Random(len(every)).sample(every, min(count, len(every)))
+    return (
+        every if pytestconfig.getoption("--abuse") else random.Random(len(every)).sample(every, min(count, len(every)))
+    )
 
 
 def test_grammars_tools_and_templates(server: Live, pytestconfig: pytest.Config) -> None:
@@ -224,12 +228,19 @@ def test_too_many_requests(server: Live) -> None:
 def test_leaving_at_any_moment(server: Live, pytestconfig: pytest.Config) -> None:
     rng = random.Random(3)
     for _ in range(500 if pytestconfig.getoption("--abuse") else 50):
-        fields: dict[str, Any] = {"messages": hostile.HELLO, "max_tokens": 300, "ignore_eos": True, "n": rng.randint(1, 3)}
+        fields: dict[str, Any] = {
+            "messages": hostile.HELLO,
+            "max_tokens": 300,
+            "ignore_eos": True,
+            "n": rng.randint(1, 3),
+        }
         fields["stream"] = rng.random() < 0.5
         body = json.dumps(fields).encode()
         if rng.random() < 0.3:
             body = hostile.asks_of(hostile.data_url(hostile.PICTURES["PNG"]), max_tokens=200)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
+        )
         data = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         connection = server.connect()
         connection.sendall(data if rng.random() < 0.7 else data[: rng.randrange(len(data))])

@@ -1,4 +1,4 @@
-"""32 clients at once on the whole server, and as many that leave: each gets what it gets alone, then nothing is left."""
+"""32 clients at once on the whole server, and others that leave: each gets what it gets alone; nothing is left."""
 
 from __future__ import annotations
 
@@ -45,8 +45,13 @@ def request_of(number: int) -> dict[str, Any]:
     form = FORMS[number // 2 % len(FORMS)] if number % 4 < 2 else {}
     return {
         "messages": [{"role": "user", "content": parts}],
-        **{"temperature": 2.0, "seed": number, "max_tokens": rng.randint(5, 30), "stream": number % 2 == 0},
-        **{"n": 1 + (number % 5 == 0), "return_token_ids": True, "presence_penalty": rng.choice([0, 1.5])},
+        "temperature": 2.0,
+        "seed": number,
+        "max_tokens": rng.randint(5, 30),
+        "stream": number % 2 == 0,
+        "n": 1 + (number % 5 == 0),
+        "return_token_ids": True,
+        "presence_penalty": rng.choice([0, 1.5]),
         **form,
     }
 
