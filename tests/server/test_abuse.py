@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import mlxvlm
 from mlxvlm.server import serving
 from mlxvlm.server.settings import ServerSettings
+from tests.fakes import eventually
 from tests.server import hostile
 from tests.server.live import Answer, Beside, Held, Live, answers, held, is_back, live
 
@@ -197,7 +198,7 @@ def test_slow_and_many(server: Live, pytestconfig: pytest.Config) -> None:
     """More silent connections than the server has room for keep nobody out."""
     count = 1500 if pytestconfig.getoption("--abuse") else 400
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n".encode()
-    slow = []
+    slow, before = [], held().files
     for number in range(count):
         connection = server.connect()
         connection.send(head[: number % len(head)] or b"P")
@@ -206,6 +207,8 @@ def test_slow_and_many(server: Live, pytestconfig: pytest.Config) -> None:
             assert server.get("/health").status == 200
             assert server.chat(messages=hostile.HELLO, max_tokens=1).status == 200
     assert server.get("/v1/models").status == 200
+    kept = server.settings.max_connections + serving._SPARE_CONNECTIONS
+    assert eventually(lambda: held().files <= before + count + kept + 4), "both ends are of this process"
     for connection in slow:
         connection.close()
 
@@ -213,7 +216,7 @@ def test_slow_and_many(server: Live, pytestconfig: pytest.Config) -> None:
 def test_too_many_requests(server: Live) -> None:
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
     waiting = []
-    for _ in range(server.settings.max_connections + 5):
+    for _ in range(server.settings.max_connections + 20):
         connection = server.connect()
         connection.sendall(f"{head}Content-Length: 9\r\n\r\n{{".encode())
         waiting.append(connection)
