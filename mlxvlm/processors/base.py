@@ -11,12 +11,13 @@ from typing import Any, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.errors import InputError
+from mlxvlm.errors import ContextLengthError, InputError
 from mlxvlm.messages import ImageOptions, ImagePart, Message, Part, Role, TextPart, ToolCall
 from mlxvlm.processors.chat_template import ChatTemplate
 from mlxvlm.processors.tokenizer import Tokenizer
 
 ROLES = get_args(Role)
+_SHORTENING = 4  # a normalizer makes less of a text: composing (NFC) a third at most
 AS_THE_CHECKPOINT = ImageOptions()
 
 
@@ -57,6 +58,15 @@ class Processor(Protocol):
         template: Mapping[str, Any] | None = None,
         options: ImageOptions = AS_THE_CHECKPOINT,
     ) -> Prompt: ...
+
+
+def check_length(text: str, longest_token: int, max_context: int) -> None:
+    """Raises ContextLengthError for a text that can't fit: to find out by its tokens takes a second a megabyte."""
+    if len(text) > _SHORTENING * longest_token * max_context:
+        raise ContextLengthError(
+            f"the prompt has {len(text):,} characters, which the model's context of {max_context} tokens can't hold: "
+            "shorten it"
+        )
 
 
 def check_messages(messages: Sequence[Message]) -> None:

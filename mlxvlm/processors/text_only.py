@@ -7,8 +7,8 @@ from typing import Any
 
 from mlxvlm.errors import InputError
 from mlxvlm.messages import ImageOptions, Message
-from mlxvlm.processors.base import AS_THE_CHECKPOINT, Prompt, check_messages, turn_of_parts, turn_of_text
-from mlxvlm.processors.files import ProcessorFiles
+from mlxvlm.processors.base import AS_THE_CHECKPOINT, Prompt, check_length, check_messages, turn_of_parts, turn_of_text
+from mlxvlm.processors.files import ProcessorFiles, context_length
 
 
 class TextProcessor:
@@ -19,6 +19,7 @@ class TextProcessor:
     def __init__(self, files: ProcessorFiles) -> None:
         self.tokenizer = files.tokenizer
         self.template = files.template()
+        self.max_context = context_length(files.config)
 
     def __call__(
         self,
@@ -26,11 +27,12 @@ class TextProcessor:
         template: Mapping[str, Any] | None = None,
         options: ImageOptions = AS_THE_CHECKPOINT,
     ) -> Prompt:
-        """Raises InputError or TemplateError."""
+        """Raises InputError, TemplateError or ContextLengthError."""
         check_messages(messages)
         if options != AS_THE_CHECKPOINT or any(message.images for message in messages):
             raise InputError("this model reads text only: leave the image out, or give a model with a vision tower")
         rendered = self.template.render([self._turn(message) for message in messages], template)
+        check_length(rendered, self.tokenizer.longest_token, self.max_context)
         return Prompt(tuple(self.tokenizer.encode_prompt(rendered)))
 
     def _turn(self, message: Message) -> dict[str, Any]:

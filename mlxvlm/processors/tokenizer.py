@@ -139,6 +139,11 @@ class Tokenizer:
         return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters that the longest token's spelling has."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+
+    @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self.backend.get_added_tokens_decoder())
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from mlxvlm.agent.loop import BoundTool
 from mlxvlm.agent.web_search import check_search, search_by
 from mlxvlm.server import docs_page, page
+from mlxvlm.server.capacity import Capacity
 from mlxvlm.server.fetch import PAGE, PAGE_LIMITS, Fetcher
 from mlxvlm.server.guard import OPEN_PATHS, Guard
 from mlxvlm.server.json_body import Bodies, BodyLimits, read_json
@@ -29,8 +30,12 @@ from mlxvlm.server.tool_rounds import SearchFor, ServerTools
 def protected(
     app: ASGIApp, settings: ServerSettings, metrics: Metrics, open_paths: frozenset[str] = OPEN_PATHS
 ) -> ASGIApp:
-    """The app behind its log, its counters and its guard, from the outside in. open_paths: those without a key."""
-    return RequestLog(RequestMetrics(Guard(app, settings, open_paths), metrics))
+    """The app behind its log, its counters, its limit of requests and its guard, from the outside in.
+
+    open_paths: those without a key.
+    """
+    guarded = Capacity(Guard(app, settings, open_paths), settings.max_connections)
+    return RequestLog(RequestMetrics(guarded, metrics))
 
 
 def assemble(registry: Registry, settings: ServerSettings, mcp: Sequence[BoundTool] = ()) -> ASGIApp:

@@ -59,7 +59,7 @@ def _read(descriptor: int, name: str, limits: ImageLimits) -> bytes:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError("it is no file")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(limits.max_bytes + 1)
+            data = file.read(limits.max_bytes + 1) or b""  # None: a kernel's file with nothing to say yet
     finally:
         os.close(descriptor)
     if len(data) > limits.max_bytes:

@@ -27,7 +27,7 @@ async def send_error(
     send: Send, status: int, message: str, code: str | None = None, headers: Headers = (), *, path: str = ""
 ) -> None:
     """A whole answer. A body that may still come is left to the connection, which has a time limit for it."""
-    body = error_body(message, code=code)
+    body = error_body(message, "server_error" if status >= 500 else "invalid_request_error", code)
     if is_anthropics(path):
         body = error_of(status, message).model_dump_json().encode()
     fixed = [

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxvlm.errors import EngineClosedError, UsageError
-from mlxvlm.server.refusals import send_error
+from mlxvlm.server.refusals import error_body, send_error
 from mlxvlm.server.registry import Registry
 from mlxvlm.server.settings import ServerSettings
 
@@ -29,6 +29,7 @@ _BACKLOG = 128  # connections that wait to be accepted; macOS takes no more
 _KEEP_ALIVE_S = 30  # clients keep a connection for their next request
 # A whole request head; the rest of a body that is already answered; a full buffer to the client.
 _LIMITS_S = {"head": 15.0, "rest": 15.0, "write": 60.0}
+_SPARE_CONNECTIONS = 16  # beyond the requests that are answered: to say 503, and for /health
 _OTHER_FILES = 256  # weights, pictures, connections of our own
 _MAX_HEAD_BYTES = 32 << 10
 _INTERRUPTED = 130
@@ -115,7 +116,7 @@ def _config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
         proxy_headers=False,  # anybody can send them
         server_header=False,
         backlog=_BACKLOG,
-        limit_concurrency=settings.max_connections,
+        limit_concurrency=settings.max_connections + _SPARE_CONNECTIONS,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.drain_s + _LAST_WORDS_S,  # type: ignore[arg-type]  # it goes to wait_for as it is
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
@@ -174,17 +175,22 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection with the time limits that it lacks.
+    """uvicorn's connection with the limits that it lacks, and refusals in the shape of OpenAI's errors.
 
-    For a whole head from its first byte; for the rest of a body that was answered before its end, which is read so that
-    the client gets to see the answer; and for a client that does not read what it asked for.
+    Of time: for a whole head from its first byte; for the rest of a body that was answered before its end, which is
+    read so that the client gets to see the answer; and for a client that does not read what it asked for. Of number:
+    see _make_room.
     """
 
+    _idle_since = 0.0
     _timer: asyncio.TimerHandle | None = None
     _timed: str | None = None  # what the timer is for
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.limit_concurrency = None  # uvicorn would refuse in plain text, whoever asks: see Capacity
+        self._idle_since = self.loop.time()
+        self._make_room()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -192,6 +198,7 @@ class _Connection(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
+        self._idle_since = self.loop.time()
         super().on_response_complete()
         if self.conn.their_state is not h11.IDLE:  # uvicorn's own timer runs between requests
             self._watch()
@@ -208,6 +215,30 @@ class _Connection(H11Protocol):
         super().resume_writing()
         self._start(None)
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP. Where an answer has begun, or is over, there is nothing that could still be said."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        body = error_body("the request is not valid HTTP")
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        response = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _make_room(self) -> None:
+        """Beyond the limit, whoever is longest without a request leaves: silence must not keep others out."""
+        if len(self.connections) > (self.config.limit_concurrency or 0):
+            idle = [each for each in self.connections if isinstance(each, _Connection) and each._is_idle]
+            longest = min(idle, key=lambda each: each._idle_since)
+            self.connections.discard(longest)  # it is lost a moment later, and others may come before
+            longest.transport.abort()
 
     def _watch(self) -> None:
         if self._timed == "write":
