@@ -65,9 +65,7 @@ class Work:
         from mlx_vlm.generate.ar import generate_step
 
         ids = self.mx.array([[5] * length])
-        return median_gap(
-            [time.perf_counter() for _ in generate_step(ids, self.model, None, None, max_tokens=tokens)]
-        )
+        return median_gap([time.perf_counter() for _ in generate_step(ids, self.model, None, None, max_tokens=tokens)])
 
     def picture_step(self, image: str, tokens: int) -> float:
         """The same with a picture in the prompt."""

@@ -1,4 +1,4 @@
-"""Ours in a process of its own: the same pieces of work as bench_mlx_vlm.py, for bench_peers.py. Results are seconds."""
+"""Ours in a process of its own, for bench_peers.py: the pieces of work of bench_mlx_vlm.py. Results are seconds."""
 
 from __future__ import annotations
 

@@ -121,17 +121,19 @@ def computing(family: str, python: Path, work: Path, args: argparse.Namespace) -
     def turns(name: str, **arguments: Any) -> Json:
         return in_turns(args.rounds, *(partial(peer, name, **arguments) for peer in peers))
 
-    def prompts() -> list[Callable[[], float]]:
+    def prefills() -> Json:
         # Both read the same random tokens; no round reads those of another, as caches would answer.
-        rounds = [random.integers(10, 120, 512).tolist() for _ in range(args.rounds + 1)]
-        return [lambda peer=peer, left=iter(rounds): peer("prefill", ids=next(left)) for peer in peers]
+        prompts = [[random.integers(10, 120, 512).tolist() for _ in range(args.rounds + 1)]] * 2
+        left = [iter(rounds) for rounds in prompts]
+        works = (lambda: peers[0]("prefill", ids=next(left[0])), lambda: peers[1]("prefill", ids=next(left[1])))
+        return in_turns(args.rounds, *works)
 
     found: Json = {}
     try:
         if "vision" in args.only:
             found["vision"] = turns("vision", image=image)
         if "prefill" in args.only:
-            found["prefill_512"] = in_turns(args.rounds, *prompts())
+            found["prefill_512"] = prefills()
         if "decode" in args.only:
             found["decode_1"] = turns("step", length=LENGTH, tokens=TOKENS)
             found[f"decode_{ROWS}"] = turns("rows", length=LENGTH, tokens=TOKENS, rows=ROWS)
@@ -145,30 +147,36 @@ def computing(family: str, python: Path, work: Path, args: argparse.Namespace) -
 
 
 def questions(peers: Sequence[Peer], work: Path, rounds: int) -> Json:
-    """The first and the second question about a picture; ratios also of a runtime's second to its own first."""
-    first, second = (
-        in_turns(
-            rounds,
-            *(
-                lambda peer=peer, seeds=iter(range(rounds + 1)): peer(
-                    "question", image=picture(work, SMALL, next(seeds)), text=text, first=is_first
-                )
-                for peer in peers
-            ),
-        )
-        for text, is_first in (("What is in this picture?", True), ("How many shapes are there?", True))
-    )
-    found = {"question_first": first, "question_second": second}
-    if first["ours_s"] and second["ours_s"]:
-        second["ours_over_first"] = second["ours_s"] / first["ours_s"]
-    return found
+    """The first and the second question about a picture, and what part of its own first a second one takes."""
+    asked: list[list[float]] = [[], []]
+
+    def both(number: int) -> float:
+        """Seconds of the second."""
+        image = picture(work, SMALL, len(asked[number]))
+        texts = ("What is in this picture?", "How many shapes are there?")
+        first, second = (peers[number]("question", image=image, text=text, first=text is texts[0]) for text in texts)
+        asked[number].append(first)
+        return float(second)
+
+    row = in_turns(rounds, partial(both, 0), partial(both, 1))
+    firsts = [statistics.median(seconds[1:]) if len(seconds) > 1 else None for seconds in asked]
+    for name, first in zip(("ours", "theirs"), firsts, strict=True):
+        seconds = row[f"{name}_s"]
+        row[f"{name}_over_first"] = seconds / first if first and seconds else None
+    ratio = firsts[0] / firsts[1] if firsts[0] and firsts[1] else None
+    why = {"why": row["why"]} if "why" in row else {}
+    return {
+        "question_first": {"ours_s": firsts[0], "theirs_s": firsts[1], "ratio": ratio} | why,
+        "question_second": row,
+    }
 
 
 def show(name: str, row: Json) -> None:
     cells = [f"{1000 * row[key]:10.1f}" if row[key] is not None else f"{'-':>10}" for key in ("ours_s", "theirs_s")]
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
     why = "; ".join(f"{who}: {reason}" for who, reason in row.get("why", {}).items())
-    print(f"{name:<32}{cells[0]}{cells[1]}  {ratio:>7}  {why}", flush=True)
+    own = "  ".join(f"{key} {row[key]:.3f}" for key in ("ours_over_first", "theirs_over_first") if row.get(key))
+    print(f"{name:<32}{cells[0]}{cells[1]}  {ratio:>7}  {own}{why}", flush=True)
 
 
 def measure(args: argparse.Namespace, work: Path) -> Json:
