@@ -134,7 +134,7 @@ class FamilyProcessor(ABC, Generic[Settings]):
         # The picture, or what the tower sees of it: both tell it from others, and large ones are hashed in vain.
         is_small = 3 * image.width * image.height < pixels.nbytes
         digest = hashlib.sha256(key)
-        digest.update(image.tobytes() if is_small else np.ascontiguousarray(pixels))
+        digest.update(image.tobytes() if is_small else np.ascontiguousarray(pixels).data)
         return pixels, layout, digest.digest()
 
     def _prepare_all(self, sources: Sequence[Any], options: ImageOptions) -> list[tuple[Pixels, Layout, bytes]]:

@@ -84,9 +84,9 @@ class Normalizer:
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """An RGB image as float32 [C, H, W]."""
-        pixels = np.empty((1, len(self.mean), image.height, image.width), np.float32)
-        self.write_tiles(image, 1, 1, pixels)
-        return pixels[0]
+        pixels: NDArray[np.float32] = np.empty((len(self.mean), image.height, image.width), np.float32)
+        self.write_tiles(image, 1, 1, pixels[None])
+        return pixels
 
     def write_tiles(self, image: Image.Image, rows: int, columns: int, out: NDArray[np.float32]) -> None:
         """An RGB image cut into rows * columns tiles, row by row, into `out`, contiguous [tiles, C, H, W].
