@@ -36,7 +36,8 @@ class Work:
         prompt = self.source.processor(asked(image))
         begun = time.perf_counter()
         inputs = self.model.embed_prompt(prompt, self.model.encode_images(prompt.images))
-        mx.eval(inputs.embeds, [row.vision for row in inputs.rows if row.vision is not None])
+        states = [row.vision for row in inputs.rows if row.vision is not None]
+        mx.eval(inputs.embeds, [(state.keys, state.values) for state in states])
         return time.perf_counter() - begun
 
     def step(self, length: int, tokens: int) -> float:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -120,30 +121,36 @@ class _Prompts:
     """Requests of a given length, no two alike from their first token on."""
 
     def __init__(self, source: ModelSource) -> None:
+        from mlxvlm.messages import user
+
         self._ids = source.processor.tokenizer.encode(_TEXT, add_special_tokens=False)
+        self._any = source.processor([user("Hello")])  # whose tokens are replaced
         self._digits = list(dict.fromkeys(self._ids))
         self._number = count()
 
     def text(self, length: int, max_tokens: int) -> Request:
         from mlxvlm.engine.params import SamplingParams
         from mlxvlm.engine.request import Request
-        from mlxvlm.processors.base import Prompt
 
         # Three digits of a number, the one that changes first in front, then text.
         number, base = next(self._number), len(self._digits)
         digits = [self._digits[number // base**place % base] for place in range(3)]
         ids = (digits + self._ids * (length // len(self._ids) + 1))[:length]
-        return Request(sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True), prompt=Prompt(tuple(ids)))
+        prompt = replace(self._any, token_ids=tuple(ids))
+        return Request(sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True), prompt=prompt)
 
     def picture(self, side: int) -> Request:
-        import numpy as np
+        from random import Random
+
+        from PIL import Image
 
         from mlxvlm.engine.params import SamplingParams
         from mlxvlm.engine.request import Request
         from mlxvlm.messages import user
 
-        pixels = np.random.default_rng(next(self._number)).integers(0, 255, (side, side, 3), np.uint8)
-        return Request([user("What is this?", [pixels])], SamplingParams(max_tokens=1, ignore_eos=True))
+        noise = Random(next(self._number)).randbytes(3 * side * side)  # noqa: S311 - a picture, no secret
+        picture = Image.frombytes("RGB", (side, side), noise)
+        return Request([user("What is this?", [picture])], SamplingParams(max_tokens=1, ignore_eos=True))
 
 
 def _step_s(engine: Engine, prompts: _Prompts, rows: int, tokens: int) -> float:
