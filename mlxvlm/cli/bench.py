@@ -148,7 +148,7 @@ class _Prompts:
         from mlxvlm.engine.request import Request
         from mlxvlm.messages import user
 
-        noise = Random(next(self._number)).randbytes(3 * side * side)  # noqa: S311 - a picture, no secret
+        noise = Random(next(self._number)).randbytes(3 * side * side)
         picture = Image.frombytes("RGB", (side, side), noise)
         return Request([user("What is this?", [picture])], SamplingParams(max_tokens=1, ignore_eos=True))
 
