@@ -24,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from bench_mlx_vlm import Peer
+from bench_worker import Peer
 from mlx.utils import tree_flatten
 from PIL import Image
 
@@ -352,7 +352,7 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
         build = partial(source.build, LoadOptions("float32"))
         return Engine(build, source.processor, replace(config, **settings))
 
-    peer = None if args.mlx_vlm is None else Peer(args.mlx_vlm, folder)
+    peer = None if args.mlx_vlm is None else Peer(args.mlx_vlm, Path(__file__).with_name("bench_mlx_vlm.py"), folder)
     try:
         bench = Bench(folder, source.config, args.tokens, start, peer)
         found: Json = {}

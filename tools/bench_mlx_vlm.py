@@ -1,45 +1,19 @@
-"""mlx-vlm beside the engine: the half of bench_engine.py that another Python runs, and the pipe to it.
+"""mlx-vlm beside ours: the half of bench_engine.py and bench_peers.py that another Python runs.
 
-Started as `PYTHON tools/bench_mlx_vlm.py FOLDER`, it answers one JSON line of seconds for each JSON line of work. What
-is measured is the quickest way that mlx-vlm 0.7.10 documents: generate_step for one row, BatchGenerator for several,
-stream_generate with a PromptCacheState for a second question.
+Started as `PYTHON tools/bench_mlx_vlm.py FOLDER` by bench_worker.Peer; results are seconds. What is measured is the
+quickest way that mlx-vlm 0.7.10 documents: generate_step for one row, BatchGenerator for several, stream_generate with
+a PromptCacheState for a second question.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-PROMPT = "<|im_start|>User:<image>{}<end_of_utterance>\nAssistant:"  # of the demo's chat template
+from bench_worker import median_gap, serve
 
-
-class Peer:
-    """The other process; one piece of work at a time, so that both never run at once."""
-
-    def __init__(self, python: Path, folder: Path) -> None:
-        command = [str(python), __file__, str(folder)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self, work: str, **arguments: Any) -> float:
-        """Seconds of a piece of work. Raises RuntimeError when the other process has ended."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([work, arguments]) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("SECONDS "):
-                return float(line.removeprefix("SECONDS "))
-        raise RuntimeError("the process of mlx-vlm has ended")
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+INPUTS = ("input_ids", "pixel_values", "attention_mask")
 
 
 class Work:
@@ -53,13 +27,54 @@ class Work:
         self.model, self.processor = load(folder)
         self.state: Any = None
 
+    def prompt(self, text: str, images: int = 1) -> str:
+        from mlx_vlm.prompt_utils import apply_chat_template
+
+        return str(apply_chat_template(self.processor, self.model.config, text, num_images=images))
+
+    def inputs(self, image: str, text: str = "What is this?") -> dict[str, Any]:
+        """Of a decoded picture; evaluated."""
+        from mlx_vlm.utils import prepare_inputs
+
+        with _opened(image) as picture:
+            found: dict[str, Any] = prepare_inputs(self.processor, images=[picture], prompts=self.prompt(text))
+        self.mx.eval([value for value in found.values() if isinstance(value, self.mx.array)])
+        return found
+
+    def preprocess(self, image: str) -> float:
+        """From a decoded picture and a question to arrays."""
+        from mlx_vlm.utils import prepare_inputs
+
+        with _opened(image) as picture:
+            begun = time.perf_counter()
+            found = prepare_inputs(self.processor, images=[picture], prompts=self.prompt("What is this?"))
+            self.mx.eval([value for value in found.values() if isinstance(value, self.mx.array)])
+            return time.perf_counter() - begun
+
+    def vision(self, image: str) -> float:
+        """From arrays to the embeddings of the prompt."""
+        found = self.inputs(image)
+        ids, pixels, mask = (found.pop(name, None) for name in INPUTS)
+        begun = time.perf_counter()
+        embeds = self.model.get_input_embeddings(ids, pixels, mask=mask, **found)
+        self.mx.eval([value for value in vars(embeds).values() if isinstance(value, self.mx.array)])
+        return time.perf_counter() - begun
+
     def step(self, length: int, tokens: int) -> float:
         """The median gap between one row's tokens, the first third left out."""
         from mlx_vlm.generate.ar import generate_step
 
         ids = self.mx.array([[5] * length])
-        times = [time.perf_counter() for _ in generate_step(ids, self.model, None, None, max_tokens=tokens)]
-        return _median_gap(times)
+        return median_gap([time.perf_counter() for _ in generate_step(ids, self.model, None, None, max_tokens=tokens)])
+
+    def picture_step(self, image: str, tokens: int) -> float:
+        """The same with a picture in the prompt."""
+        from mlx_vlm.generate.ar import generate_step
+
+        found = self.inputs(image)
+        ids, pixels, mask = (found.pop(name, None) for name in INPUTS)
+        steps = generate_step(ids, self.model, pixels, mask, max_tokens=tokens, **found)
+        return median_gap([time.perf_counter() for _ in steps])
 
     def rows(self, length: int, tokens: int, rows: int) -> float:
         """The same with several rows at once."""
@@ -74,7 +89,7 @@ class Work:
             _, answers = batch.next()
             if len(answers) == rows:
                 times.append(time.perf_counter())
-        return _median_gap(times)
+        return median_gap(times)
 
     def prefill(self, ids: list[int]) -> float:
         """Up to the first token."""
@@ -85,7 +100,7 @@ class Work:
         return time.perf_counter() - begun
 
     def question(self, image: str, text: str, first: bool) -> float:
-        """Up to the first token; the second one goes on from the first one's cache."""
+        """From a file and a question to the first token; the second one goes on from the first one's cache."""
         from mlx_vlm.generate.common import PromptCacheState
         from mlx_vlm.generate.dispatch import stream_generate
 
@@ -93,25 +108,18 @@ class Work:
             self.state = PromptCacheState()
         begun = time.perf_counter()
         settings = {"image": image, "max_tokens": 1, "prompt_cache_state": self.state}
-        seconds = [
-            time.perf_counter() - begun
-            for _ in stream_generate(self.model, self.processor, PROMPT.format(text), **settings)
-        ]
+        answers = stream_generate(self.model, self.processor, self.prompt(text), **settings)
+        seconds = [time.perf_counter() - begun for _ in answers]
         return seconds[0]
 
 
-def _median_gap(times: list[float]) -> float:
-    late = times[len(times) // 3 :]
-    gaps = sorted(after - before for before, after in pairwise(late))
-    return gaps[len(gaps) // 2]
+def _opened(image: str) -> Any:
+    from PIL import Image
 
-
-def main() -> None:
-    work = Work(sys.argv[1])
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
-        print("SECONDS", getattr(work, name)(**arguments), flush=True)
+    picture = Image.open(image)
+    picture.load()
+    return picture
 
 
 if __name__ == "__main__":
-    main()
+    serve(Work(sys.argv[1]))

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.recipe import parse_type
 from mlxvlm.errors import UsageError
@@ -64,6 +62,8 @@ class Topology:
     @classmethod
     def parse(cls, text: str, name: str) -> Topology:
         """As read(); `name` stands for the file in errors."""
+        import yaml  # costs every start a twentieth of a second, and few have a topology
+
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
@@ -78,11 +78,11 @@ class Topology:
 
 
 def _items(node: Any, name: str) -> list[tuple[Any, Any]]:
-    if not isinstance(node, yaml.MappingNode):
+    if node.id != "mapping":
         raise _wrong(name, node, "layers and what they get are expected here, like `0-8: {isq: Q4K}`")
     seen: set[str] = set()
     for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
+        if key.id != "scalar":
             raise _wrong(name, key, "a key is a plain word")
         if key.value in seen:
             raise _wrong(name, key, f"{key.value!r} is there twice")
@@ -92,7 +92,7 @@ def _items(node: Any, name: str) -> list[tuple[Any, Any]]:
 
 def _entry(key: Any, value: Any, name: str) -> Entry:
     layers, pattern = _key(key, name)
-    is_bare = isinstance(value, yaml.ScalarNode) and not value.value
+    is_bare = value.id == "scalar" and not value.value
     fields = {} if is_bare else {field.value: (field, node) for field, node in _items(value, name)}
     for field, (node, _) in fields.items():
         # `device` is for machines whose memories are apart; here the GPU reads the CPU's.
@@ -101,7 +101,7 @@ def _entry(key: Any, value: Any, name: str) -> Entry:
     if "isq" not in fields:
         return Entry(None, None, None)
     node = fields["isq"][1]
-    if not isinstance(node, yaml.ScalarNode):
+    if node.id != "scalar":
         raise _wrong(name, node, "isq is a type's name, like Q4K")
     if node.value.lower() == "none":
         return Entry(layers, pattern, None)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from mlxvlm import __version__
-from mlxvlm.cli import chat, doctor, models, pull, quantize, run, serve
+from mlxvlm.cli import bench, chat, doctor, models, pull, quantize, run, serve
 from mlxvlm.errors import InternalError, MlxvlmError
 
 _INTERRUPTED = 130
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     serve.add_parser(commands)
     quantize.add_parser(commands)
     doctor.add_parser(commands)
+    bench.add_parser(commands)
     models.add_parser(commands)
     pull.add_parser(commands)
     return root

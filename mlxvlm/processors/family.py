@@ -131,8 +131,13 @@ class FamilyProcessor(ABC, Generic[Settings]):
     ) -> tuple[Pixels, Layout, bytes]:
         """RGB -> pixels, layout, digest."""
         settings = self.adapted(options)
-        key = repr((settings, self.normalize.key, image.size)).encode()
-        return (*self.to_pixels(image, settings), hashlib.sha256(key + image.tobytes()).digest())
+        pixels, layout = self.to_pixels(image, settings)
+        key = repr((settings, self.normalize.key, image.size, layout)).encode()
+        # The picture, or what the tower sees of it: both tell it from others, and large ones are hashed in vain.
+        is_small = 3 * image.width * image.height < pixels.nbytes
+        digest = hashlib.sha256(key)
+        digest.update(image.tobytes() if is_small else np.ascontiguousarray(pixels).data)
+        return pixels, layout, digest.digest()
 
     def _prepare_all(self, sources: Sequence[Any], options: ImageOptions) -> list[tuple[Pixels, Layout, bytes]]:
         """Stops at the picture that no longer fits, so that a hopeless request costs no more than one that fits."""

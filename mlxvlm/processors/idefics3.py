@@ -22,7 +22,6 @@ from mlxvlm.processors.transforms import (
     positive,
     resample_of,
     resize,
-    split_tiles,
 )
 
 MAX_SIDE = 4096  # pixels; the reference's absolute maximum
@@ -143,9 +142,10 @@ class Idefics3Processor(FamilyProcessor[ImageSettings]):
         rows, columns = image.height // side, image.width // side
         if rows * columns == 1:
             return self.normalize(image)[None], (0, 0)
-        tiles = split_tiles(self.normalize(image), rows, columns)
-        overview = self.normalize(resize(image, side, side, settings.resample))
-        return np.concatenate([tiles, overview[None]]), (rows, columns)
+        frames = np.empty((rows * columns + 1, 3, side, side), np.float32)
+        self.normalize.write_tiles(image, rows, columns, frames[:-1])
+        self.normalize.write_tiles(resize(image, side, side, settings.resample), 1, 1, frames[-1:])
+        return frames, (rows, columns)
 
     def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
         return len(pixels) * self.tokens_per_frame

@@ -55,6 +55,7 @@ _DECODE_ERRORS = (
 )
 # Pillow reads many more, among them EPS, which it gives to Ghostscript to run.
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO")
+_ORIENTATION = 0x0112  # the EXIF tag
 _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis")
 
 
@@ -122,7 +123,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     # Read before exif_transpose, which drops what it does not know.
     level = image.info.get("transparency")
     transparent = "A" in image.getbands() or "a" in image.getbands() or level is not None
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would be copied for nothing
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         return _from_wide_grey(image, level)
     if image.mode == "F":
@@ -131,7 +133,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_wide_grey(image: Image.Image, level: Any) -> Image.Image:

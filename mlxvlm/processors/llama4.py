@@ -27,8 +27,7 @@ from mlxvlm.processors.transforms import (
     pad_bottom_right,
     positive,
     resample_of,
-    resize,
-    split_tiles,
+    resize_both,
 )
 
 IMAGE = "<|image|>"  # a picture's place in the text, and the mark before the view of the whole
@@ -143,15 +142,18 @@ class Llama4Processor(FamilyProcessor[ImageSettings]):
         """RGB -> [tiles, 3, side, side], (rows, columns)."""
         canvas = best_canvas(image.height, image.width, settings)
         size = fitted_size(image.height, image.width, canvas, settings)
+        side = settings.tile
+        rows, columns = canvas[0] // side, canvas[1] // side
+        tiles = rows * columns
+        # The overview is the whole picture, squeezed into one tile without regard to its aspect.
+        fitted, overview = resize_both(image, size, (side, side), settings.resample)
         # Padding is black before normalising, not zero after it.
-        padded = pad_bottom_right(resize(image, *size, settings.resample), *canvas)
-        rows, columns = canvas[0] // settings.tile, canvas[1] // settings.tile
-        tiles = split_tiles(self.normalize(padded), rows, columns)
-        if rows * columns == 1:
-            return tiles, (rows, columns)
-        # The whole picture, squeezed into one tile without regard to its aspect.
-        overview = self.normalize(resize(image, settings.tile, settings.tile, settings.resample))
-        return np.concatenate([tiles, overview[None]]), (rows, columns)
+        padded = pad_bottom_right(fitted, *canvas)
+        frames = np.empty((tiles + (tiles > 1), 3, side, side), np.float32)
+        self.normalize.write_tiles(padded, rows, columns, frames[:tiles])
+        if tiles > 1:
+            self.normalize.write_tiles(overview, 1, 1, frames[tiles:])
+        return frames, (rows, columns)
 
     def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
         return len(pixels) * self.tokens_per_tile

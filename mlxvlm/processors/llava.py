@@ -29,7 +29,7 @@ from mlxvlm.processors.transforms import (
     positive,
     resample_of,
     resize,
-    split_tiles,
+    resize_both,
 )
 
 # (height, width) in pixels; the reference's own list.
@@ -160,14 +160,16 @@ class AnyRes:
 
     def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Pixels, Layout]:
         side = self.tower.image_size
-        whole = normalize(resize(image, side, side, self.resample))
         canvas = best_canvas(image.height, image.width, self.pinpoints)
-        fitted = resize(image, *fitted_size(image.height, image.width, *canvas), self.resample)
+        size = fitted_size(image.height, image.width, *canvas)
+        fitted, whole = resize_both(image, size, (side, side), self.resample)
         rows, columns = canvas[0] // side, canvas[1] // side
-        tiles = split_tiles(normalize(_pad(fitted, *canvas)), rows, columns)
+        frames = np.empty((1 + rows * columns, 3, side, side), np.float32)
+        normalize.write_tiles(whole, 1, 1, frames[:1])
+        normalize.write_tiles(_pad(fitted, *canvas), rows, columns, frames[1:])
         grid = rows * self.tower.grid, columns * self.tower.grid
         trims = padding_patches(image.height, image.width, *grid)
-        return np.concatenate([whole[None], tiles]), (rows, columns, *trims)
+        return frames, (rows, columns, *trims)
 
     def num_tokens(self, layout: Layout) -> int:
         rows, columns, trim_y, trim_x = layout

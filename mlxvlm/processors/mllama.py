@@ -25,7 +25,6 @@ from mlxvlm.processors.transforms import (
     positive,
     resample_of,
     resize,
-    split_tiles,
 )
 
 IMAGE = "<|image|>"
@@ -127,7 +126,7 @@ class MllamaProcessor(FamilyProcessor[ImageSettings]):
         # Padded before it is normalised: the margin is a normalised black, which is not 0.
         canvas.paste(resize(image, *size, settings.resample))
         pixels = np.zeros((max_tiles, 3, tile, tile), np.float32)
-        pixels[: rows * columns] = split_tiles(self.normalize(canvas), rows, columns)
+        self.normalize.write_tiles(canvas, rows, columns, pixels[: rows * columns])
         return pixels, (rows, columns)
 
     def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:

@@ -158,7 +158,14 @@ class Qwen2VLProcessor(FamilyProcessor[ImageSettings]):
                 f"the image is {image.width} x {image.height} pixels, and this model, which is set to resize nothing, "
                 f"takes multiples of {settings.step}"
             )
-        pixels = to_patches(self.normalize(image), settings.patch, settings.merge)
+        pixels = np.empty(
+            (image.height * image.width // settings.patch**2, 3, settings.patch, settings.patch), np.float32
+        )
+        # One row of blocks at a time: what is being normalised and moved stays in the processor's cache.
+        for index, band in enumerate(np.split(pixels, image.height // settings.step)):
+            top = index * settings.step
+            strip = image.crop((0, top, image.width, top + settings.step))
+            band[:] = to_patches(self.normalize(strip), settings.patch, settings.merge)
         return pixels, (image.height // settings.patch, image.width // settings.patch)
 
     def _check_room(self, size: tuple[int, int], settings: ImageSettings) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -26,6 +27,15 @@ def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.
     if image.size == (width, height):
         return image
     return image.resize((width, height), resample=Image.Resampling(resample))
+
+
+def resize_both(
+    image: Image.Image, one: tuple[int, int], other: tuple[int, int], resample: int
+) -> tuple[Image.Image, Image.Image]:
+    """A picture in two sizes (height, width), side by side in two threads: Pillow lets others run while it resizes."""
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(resize, image, *other, resample)
+        return resize(image, *one, resample), beside.result()
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,23 @@ class Normalizer:
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """An RGB image as float32 [C, H, W]."""
-        pixels = np.asarray(image)  # [H, W, C]
-        table = self._table
-        return np.stack([table[:, c][pixels[..., c]] for c in range(table.shape[1])])
+        pixels: NDArray[np.float32] = np.empty((len(self.mean), image.height, image.width), np.float32)
+        self.write_tiles(image, 1, 1, pixels[None])
+        return pixels
+
+    def write_tiles(self, image: Image.Image, rows: int, columns: int, out: NDArray[np.float32]) -> None:
+        """An RGB image cut into rows * columns tiles, row by row, into `out`, contiguous [tiles, C, H, W].
+
+        Each value is written once, in its place.
+        """
+        pixels, levels = np.asarray(image), np.ascontiguousarray(self._table.T)
+        height, width = out.shape[2:]
+        for index in range(rows * columns):
+            top, left = index // columns * height, index % columns * width
+            tile = pixels[top : top + height, left : left + width]
+            for channel, table in enumerate(levels):
+                # A byte is never out of range; with "raise" NumPy writes to a buffer of its own first.
+                np.take(table, tile[..., channel], out=out[index, channel], mode="clip")
 
 
 @dataclass(frozen=True)
@@ -103,15 +127,6 @@ def pad_bottom_right(image: Image.Image, height: int, width: int) -> Image.Image
     canvas = Image.new("RGB", (width, height))
     canvas.paste(image)
     return canvas
-
-
-def split_tiles(pixels: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
-    """[C, rows * h, columns * w] -> [rows * columns, C, h, w], row by row."""
-    channels, height, width = pixels.shape
-    tiles = pixels.reshape(channels, rows, height // rows, columns, width // columns)
-    return np.ascontiguousarray(tiles.transpose(1, 3, 0, 2, 4)).reshape(
-        rows * columns, channels, height // rows, width // columns
-    )
 
 
 def floats(values: Any, count: int = 3) -> tuple[float, ...]:

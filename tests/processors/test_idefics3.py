@@ -229,3 +229,10 @@ def test_missing_marker_tokens_are_added(tmp_path: Path) -> None:
     assert [made.tokenizer.token_id(name) for name in names] == [258, 259, 260]
     assert made.image_token_id == 259
     assert made.tokenizer.decode([259, *made.tokenizer.encode("a", add_special_tokens=False), 260]) == "a"
+
+
+@pytest.mark.parametrize("side", [4, 200])  # smaller and larger than what the tower sees of it
+def test_other_pictures_of_one_size_have_other_digests(tmp_path: Path, side: int) -> None:
+    prepare = processor(tmp_path).prepare_image
+    digests = [prepare(Image.fromarray(noise(side, side, 3, seed=seed)))[2] for seed in (1, 1, 2)]
+    assert digests[0] == digests[1] != digests[2]

@@ -18,7 +18,7 @@ from mlxvlm.processors.transforms import (
     positive,
     resample_of,
     resize,
-    split_tiles,
+    resize_both,
 )
 from tests.processors.pictures import noise
 
@@ -74,20 +74,24 @@ def test_the_key_tells_settings_apart() -> None:
         base.mean = (0.0,)  # type: ignore[misc]
 
 
-@given(*[st.integers(1, 4) for _ in range(5)])
-def test_split_tiles(rows: int, columns: int, height: int, width: int, channels: int) -> None:
-    pixels = noise(channels, rows * height, columns * width).astype(np.float32)
-    tiles = split_tiles(pixels, rows, columns)
-    assert tiles.shape == (rows * columns, channels, height, width)
-    assert tiles.flags.c_contiguous
-    index = 0
-    for row in range(rows):
-        for column in range(columns):
-            for c in range(channels):
-                for y in range(height):
-                    for x in range(width):
-                        assert tiles[index, c, y, x] == pixels[c, row * height + y, column * width + x]
-            index += 1
+@given(*[st.integers(1, 4) for _ in range(4)])
+def test_tiles_are_the_normalised_picture_cut(rows: int, columns: int, height: int, width: int) -> None:
+    settings = Normalizer(*CLIP)
+    pixels = noise(rows * height, columns * width, 3)
+    tiles = np.full((rows * columns + 1, 3, height, width), 7, np.float32)
+    settings.write_tiles(Image.fromarray(pixels), rows, columns, tiles[:-1])
+    whole = slow_normalize(pixels, settings)
+    for index, tile in enumerate(tiles[:-1]):
+        top, left = index // columns * height, index % columns * width
+        assert np.array_equal(tile, whole[:, top : top + height, left : left + width])
+    assert (tiles[-1] == 7).all()
+
+
+def test_two_sizes_of_a_picture() -> None:
+    image = Image.fromarray(noise(40, 30, 3))
+    expected = [resize(image, 7, 9, 3), resize(image, 31, 20, 3)]
+    for result, alone in zip(resize_both(image, (7, 9), (31, 20), 3), expected, strict=True):
+        assert np.array_equal(np.asarray(result), np.asarray(alone))
 
 
 def test_resize_leaves_a_picture_of_that_size_alone() -> None:
