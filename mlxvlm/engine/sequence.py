@@ -61,6 +61,7 @@ class Sequence:
         self.prompt_tokens = self.image_tokens = 0
         self.cached_tokens = 0
         self.failed = False
+        self._stops = StopMatcher(sampling.stop)
         self.token_ids: list[int] = []  # generated and delivered
         self.drafted_tokens = self.accepted_tokens = 0
 
@@ -77,7 +78,6 @@ class Sequence:
         self.sampler = RowSampler(sampling, prompt.token_ids, self.token_ids, processor.tokenizer.decode)
         shown = {token: processor.tokenizer.spelling(token) for token in sampling.visible_token_ids}
         self._detokenizer = Detokenizer(processor.tokenizer.decode, shown)
-        self._stops = StopMatcher(sampling.stop)
         self.prepared = time.perf_counter()
         self._start(prompt)
 
@@ -190,10 +190,10 @@ class Sequence:
     def _end(
         self, reason: FinishReason, text: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
     ) -> None:
-        self.phase = Phase.DONE
-        usage = self._usage()
+        last = Delta(text, token_ids, logprobs, reason, self._usage(), self._stops.found)
+        self.phase = Phase.DONE  # not before: whoever is done is not told of a failure any more
         self._release()
-        self.stream.put(Delta(text, token_ids, logprobs, reason, usage, self._stops.found))
+        self.stream.put(last)
 
     def _release(self) -> None:
         """Arrays go now, not when the last reader lets go of the stream."""
