@@ -114,9 +114,7 @@ OPERATIONS = (
 def document(*, has_key: bool) -> dict[str, Any]:
     """An OpenAPI 3.1 document. has_key: the server asks for one. Source: https://spec.openapis.org/oas/v3.1.1"""
     requests = {each.request for each in OPERATIONS if each.request}
-    answers = {each for one in OPERATIONS for each in (one.response, one.event) if each} | {
-        _error(each) for each in OPERATIONS
-    }
+    answers = {each for one in OPERATIONS for each in (one.response, one.event, _error(one)) if each}
     wanted: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
         *((each, "validation") for each in sorted(requests, key=_name)),
         *((each, "serialization") for each in sorted(answers, key=_name)),

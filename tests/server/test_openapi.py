@@ -120,6 +120,18 @@ def test_a_405_names_all_methods_of_a_path(server: Whole) -> None:
         assert set(allowed.split(", ")) - {"HEAD"} == told, path
 
 
+def test_a_wrong_path_is_named(server: Whole) -> None:
+    key = {"Authorization": "Bearer key"}
+    for method, path, status in (
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/messages/x", 404),
+        ("PUT", "/health", 405),
+    ):
+        reply = httpx2.request(method, server.url + path, headers=key, json={}, trust_env=False)
+        assert reply.status_code == status
+        assert path in reply.json()["error"]["message"]
+
+
 def test_the_key(server: Whole) -> None:
     with_key, without = document(has_key=True), document(has_key=False)
     assert with_key["security"] == [{"bearer": []}, {"key": []}]
