@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from mlxvlm.errors import RequestError
 
@@ -35,6 +43,14 @@ def _check_size(data: Mapping[str, Any]) -> None:
         raise PydanticCustomError("invalid_value", "an object can't have so many fields")
 
 
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    null = {"type": "null"}
+    if null in schema.get("anyOf", ()) or not schema.keys() & {"type", "$ref", "const", "enum", "anyOf", "oneOf"}:
+        return schema
+    told = {key: value for key, value in schema.items() if key in ("default", "description", "title")}
+    return {"anyOf": [{key: value for key, value in schema.items() if key not in told}, null], **told}
+
+
 class Body(BaseModel):
     """A JSON object of a request."""
 
@@ -51,6 +67,16 @@ class Body(BaseModel):
             for name, value in data.items()
             if value is not None or not (name in cls.model_fields or name in REFUSED_FIELDS)
         }
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Tells of the nulls that _drop_nulls lets pass, where the field's own type does not."""
+        schema = handler(core_schema)
+        inner = handler.resolve_ref_schema(schema)
+        optional = inner.get("properties", {}).keys() - inner.get("required", [])
+        for name in optional:
+            inner["properties"][name] = _or_null(inner["properties"][name])
+        return schema
 
 
 class Returned(Body):

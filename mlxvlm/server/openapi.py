@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 from mlxvlm import __version__
 from mlxvlm.api.answers import ChatCompletion, ChatCompletionChunk, ErrorBody, ModelCard, ModelList
 from mlxvlm.api.anthropic.answers import Message as AnthropicMessage
-from mlxvlm.api.anthropic.answers import TokenCount
+from mlxvlm.api.anthropic.answers import MessagesErrorBody, TokenCount
 from mlxvlm.api.anthropic.request import CountTokensRequest, MessagesRequest
 from mlxvlm.api.completions import CompletionRequest, TextCompletion
 from mlxvlm.api.operations import (
@@ -29,6 +29,7 @@ from mlxvlm.api.responses.answers import Deleted, ItemList
 from mlxvlm.api.responses.answers import Response as ResponseObject
 from mlxvlm.api.responses.request import ResponsesRequest
 from mlxvlm.api.schema import ChatCompletionRequest
+from mlxvlm.server.refusals import is_anthropics
 
 _REF = "#/components/schemas/{model}"
 # Of any request, by the guard; then those with a body.
@@ -113,7 +114,7 @@ OPERATIONS = (
 def document(*, has_key: bool) -> dict[str, Any]:
     """An OpenAPI 3.1 document. has_key: the server asks for one. Source: https://spec.openapis.org/oas/v3.1.1"""
     requests = {each.request for each in OPERATIONS if each.request}
-    answers = {each for one in OPERATIONS for each in (one.response, one.event) if each} | {ErrorBody}
+    answers = {each for one in OPERATIONS for each in (one.response, one.event, _error(one)) if each}
     wanted: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
         *((each, "validation") for each in sorted(requests, key=_name)),
         *((each, "serialization") for each in sorted(answers, key=_name)),
@@ -152,7 +153,7 @@ def _operation(each: Operation, known: dict[Any, Any], *, has_key: bool) -> dict
     if each.request is not None:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": known[each.request]}}}
     refusals = _REFUSALS | (_BODY_REFUSALS if each.method == "post" or each.parameters else {})
-    error = {"application/json": {"schema": known[ErrorBody]}}
+    error = {"application/json": {"schema": known[_error(each)]}}
     found["responses"] |= {status: {"description": why, "content": error} for status, why in refusals.items()}
     if each.response is Health:
         content = {"application/json": {"schema": known[Health]}}
@@ -160,6 +161,10 @@ def _operation(each: Operation, known: dict[Any, Any], *, has_key: bool) -> dict
     if has_key and each.is_open:
         found["security"] = []
     return found
+
+
+def _error(each: Operation) -> type[BaseModel]:
+    return MessagesErrorBody if is_anthropics(each.path) else ErrorBody
 
 
 def _contents(each: Operation, known: dict[Any, Any]) -> Iterator[tuple[str, Any]]:

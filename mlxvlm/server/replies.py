@@ -13,6 +13,7 @@ from starlette.types import Send
 
 from mlxvlm.api.answers import Error, ErrorBody
 from mlxvlm.api.anthropic.answers import error_of
+from mlxvlm.api.base import MAX_PATH_CHARS
 from mlxvlm.errors import InternalError, MlxvlmError, ModelError
 from mlxvlm.server.refusals import is_anthropics
 
@@ -56,6 +57,7 @@ async def error_reply(request: Request, error: Exception) -> Response:
     """The answer to a request that failed before its answer began."""
     if isinstance(error, HTTPException):
         status, headers = error.status_code, dict(error.headers or {})
+        error = HTTPException(status, _of_route(request, error), headers)
     else:
         status = error.http_status if isinstance(error, MlxvlmError) else HTTPStatus.INTERNAL_SERVER_ERROR
         retry_after_s = getattr(error, "retry_after_s", None)
@@ -65,6 +67,16 @@ async def error_reply(request: Request, error: Exception) -> Response:
     if is_anthropics(request.url.path):
         body = error_of(status, error_body(error).error.message)
     return json_reply(body, status, headers)
+
+
+def _of_route(request: Request, error: HTTPException) -> str:
+    """Starlette says no more than the status's name."""
+    path = request.url.path[:MAX_PATH_CHARS]
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return f"there is no endpoint {path} here: /docs lists them"
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        return f"{path} is not for {request.method}: /docs lists the endpoints"
+    return error.detail
 
 
 def failed_message(error: Exception) -> list[BaseModel]:

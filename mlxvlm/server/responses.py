@@ -51,8 +51,7 @@ def response_routes(doors: Doors, store: ResponseStore | None = None) -> list[Ba
     one = "/v1/responses/{id}"
     return [
         Route("/v1/responses", endpoint, methods=["POST"]),
-        Route(one, endpoint.retrieve, methods=["GET"]),
-        Route(one, endpoint.delete, methods=["DELETE"]),
+        Route(one, endpoint.one, methods=["GET", "DELETE"]),  # one route, so that a 405's Allow names both
         Route(f"{one}/cancel", endpoint.cancel, methods=["POST"]),
         Route(f"{one}/input_items", endpoint.input_items, methods=["GET"]),
     ]
@@ -116,6 +115,10 @@ class Responses:
             await unless_gone(receive, self._answer(asked, scope, send))
         except TimeoutError:
             _log.warning("a client that takes too long to read its answer is cut off")
+
+    async def one(self, request: Request) -> HTTPResponse:
+        """A stored response: shown, or forgotten."""
+        return await (self.delete if request.method == "DELETE" else self.retrieve)(request)
 
     async def retrieve(self, request: Request) -> HTTPResponse:
         """A response as it is now."""

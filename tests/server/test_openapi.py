@@ -15,6 +15,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from mlxvlm.api.operations import DetokenizeRequest
 from mlxvlm.server import docs_page
 from mlxvlm.server.openapi import OPERATIONS, document
 from mlxvlm.server.registry import ModelSpec
@@ -86,6 +87,49 @@ def test_what_it_refers_to_is_there(server: Whole) -> None:
     assert request["required"] == ["messages"]
     ids = [each["operationId"] for methods in found["paths"].values() for each in methods.values()]
     assert len(set(ids)) == len(ids)
+
+
+def test_errors_have_the_shape_of_their_endpoint(server: Whole) -> None:
+    found = document(has_key=True)
+    for each in OPERATIONS:
+        told = found["paths"][each.path][each.method]["responses"]["401"]["content"]["application/json"]["schema"]
+        path = each.path.replace("{id}", "a")
+        body = httpx2.request(each.method.upper(), server.url + path, json={}, trust_env=False)
+        if body.status_code == 401:
+            schema = found["components"]["schemas"][told["$ref"].rpartition("/")[2]]
+            assert body.json().keys() == schema["properties"].keys(), each.path
+
+
+def test_null_is_told_where_it_is_taken() -> None:
+    """Of whatever may be left out of a request: see mlxvlm.api.base."""
+    requests = {each.request for each in OPERATIONS if each.request}
+    schemas = document(has_key=False)["components"]["schemas"]
+    for model in requests:
+        schema = schemas[model.__name__]
+        for name in schema["properties"].keys() - set(schema.get("required", [])):
+            assert {"type": "null"} in schema["properties"][name]["anyOf"], f"{model.__name__}.{name}"
+    assert DetokenizeRequest.model_validate({"tokens": [], "model": None}).model == "default"
+
+
+def test_a_405_names_all_methods_of_a_path(server: Whole) -> None:
+    key = {"Authorization": "Bearer key"}
+    for path in {each.path for each in OPERATIONS}:
+        url = server.url + path.replace("{id}", "a")
+        allowed = httpx2.request("PATCH", url, headers=key, json={}, trust_env=False).headers["allow"]
+        told = {each.method.upper() for each in OPERATIONS if each.path == path}
+        assert set(allowed.split(", ")) - {"HEAD"} == told, path
+
+
+def test_a_wrong_path_is_named(server: Whole) -> None:
+    key = {"Authorization": "Bearer key"}
+    for method, path, status in (
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/messages/x", 404),
+        ("PUT", "/health", 405),
+    ):
+        reply = httpx2.request(method, server.url + path, headers=key, json={}, trust_env=False)
+        assert reply.status_code == status
+        assert path in reply.json()["error"]["message"]
 
 
 def test_the_key(server: Whole) -> None:

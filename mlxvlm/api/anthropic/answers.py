@@ -143,21 +143,21 @@ _ERROR_TYPES: Mapping[int, str] = {
 }
 
 
-class Error(BaseModel):
+class MessagesError(BaseModel):
     """What went wrong."""
 
     type: str
     message: str
 
 
-class ErrorBody(BaseModel):
+class MessagesErrorBody(BaseModel):
     """The body of every error, and the event that ends a stream which fails."""
 
     type: Literal["error"] = "error"
-    error: Error
+    error: MessagesError
 
 
-def error_of(status: int, message: str) -> ErrorBody:
+def error_of(status: int, message: str) -> MessagesErrorBody:
     """Of an HTTP status."""
     kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return ErrorBody(error=Error(type=kind, message=message))
+    return MessagesErrorBody(error=MessagesError(type=kind, message=message))
