@@ -91,7 +91,16 @@ class Terminal:
             self._console.print(str(error), style="red")
         except KeyboardInterrupt:
             self._say("Stopped.")
-        return draft
+        return self._edited(draft)
+
+    def _edited(self, draft: str) -> str:
+        """The draft, unless it is so long that it would push what went wrong out of the window."""
+        rows = sum(1 + len(line) // self._console.width for line in draft.splitlines())
+        if rows <= self._console.height // 2:
+            return draft
+        self._editor.history.append_string(draft)  # without the pictures: they are still attached
+        self._say("Up brings the text back.")
+        return ""
 
     def _answer(self, question: Turn, kept: int | None) -> bool:
         """Whether there is one now. Raises MlxvlmError."""

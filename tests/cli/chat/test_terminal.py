@@ -79,12 +79,29 @@ def test_a_paste_of_ten_thousand_characters_is_one_message(tmp_path: Path) -> No
     with Terminal(tmp_path) as terminal:
         terminal.type(f"\x1b[200~{pasted}\x1b[201~")
         terminal.wait(lambda: terminal.edited == "  line 0999")
-        # More than the demo's context holds: one line says so, and the text is there to be edited.
+        # More than the demo's context holds: one line says so and stays in sight, and the text is kept.
         terminal.type("\r")
-        terminal.wait(lambda: "context is 2048" in terminal.text and terminal.edited == "  line 0999")
+        terminal.wait(lambda: "Up brings the text back." in terminal.text and terminal.is_prompting())
+        assert "context is 2048" in "\n".join(terminal.shown)
+        terminal.type("\x1b[A")
+        terminal.wait(lambda: terminal.edited == "  line 0999")
         terminal.clear()
         terminal.say("Hello!", "Show me a picture")
         assert terminal.leave() == 0
+
+
+def test_a_long_message_that_fails_leaves_the_reason_in_sight(tmp_path: Path) -> None:
+    pasted = "word " * 1999 + "end"
+    with Terminal(tmp_path) as terminal:
+        terminal.type(f"\\image {HEART} \x1b[200~{pasted}\x1b[201~\r")
+        terminal.wait(lambda: "Up brings the text back." in terminal.text and terminal.is_prompting())
+        shown = "\n".join(terminal.shown)
+        assert "the model's context is 2048" in shown
+        assert "[1 picture] > " in shown
+        terminal.type("\x1b[A")
+        terminal.wait(lambda: terminal.edited.endswith("word end"))
+        assert HEART not in "\n".join(terminal.shown)
+        terminal.clear()
 
 
 def test_mistakes_cost_nothing(tmp_path: Path) -> None:
