@@ -48,6 +48,9 @@ class FakeTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(ord("0") + token) for token in token_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id]).encode()
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [ord(c) - ord("0") for c in text]
 

@@ -18,7 +18,7 @@ from tests.serve_demo import demo_server
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PICTURE = EXAMPLES / "pictures" / "pink-heart.png"
 # Those that are not only asked what they see are tested below.
-OTHERS = {"smolvlm.py", "python/menu_bar.py", "python/caption_folder.py", "http/web_search.py", "http/tools.py"}
+OTHERS = {"python/menu_bar.py", "python/caption_folder.py", "http/web_search.py", "http/tools.py"}
 SCRIPTS = sorted({str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")} - OTHERS)
 SHOWN = "red heart and a black square"
 SAYS = {
@@ -67,12 +67,6 @@ def test_an_example_from_a_shell() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "red star" in done.stdout
-
-
-def test_an_example_that_needs_a_photo_says_so() -> None:
-    done = subprocess.run([sys.executable, EXAMPLES / "smolvlm.py"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "PHOTO" in done.stderr
 
 
 def test_captions_go_on_where_they_were_stopped(

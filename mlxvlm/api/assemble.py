@@ -26,7 +26,8 @@ from mlxvlm.api.answers import (
     MessageToolCall,
     ToolCallDelta,
 )
-from mlxvlm.api.plan import ToolParser
+from mlxvlm.api.plan import ChatPlan, ToolParser
+from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.api.usage import total_usage
 from mlxvlm.engine.request import Delta, FinishReason, TokenLogprob, Usage
 from mlxvlm.errors import InternalError
@@ -241,3 +242,24 @@ class ChatAssembler:
             choices=choices,
             usage=usage,
         )
+
+
+def plan_choices(
+    body: ChatCompletionRequest,
+    plan: ChatPlan,
+    token_bytes: TokenBytes,
+    eos_token_ids: frozenset[int],
+    parser: Callable[[], ToolParser | None],
+) -> list[ChoiceAssembler]:
+    """For the choices of one request. parser: makes each one's own."""
+    return [
+        ChoiceAssembler(
+            index,
+            token_bytes if body.logprobs else None,
+            frozenset() if body.ignore_eos else eos_token_ids,
+            parser(),
+            max_calls=plan.max_calls,
+            with_token_ids=bool(body.return_token_ids),
+        )
+        for index in range(len(plan.requests))
+    ]

@@ -62,11 +62,11 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         _check_size(data)
-        return {
-            name: value
-            for name, value in data.items()
-            if value is not None or not (name in cls.model_fields or name in REFUSED_FIELDS)
-        }
+        return {name: value for name, value in data.items() if value is not None or not cls._may_be_null(name)}
+
+    @classmethod
+    def _may_be_null(cls, name: str) -> bool:
+        return name in cls.model_fields or name in REFUSED_FIELDS
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -82,13 +82,9 @@ class Body(BaseModel):
 class Returned(Body):
     """An object that may be a piece of an earlier answer, sent back with all the nulls that its client knows of."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        _check_size(data)
-        return {name: value for name, value in data.items() if value is not None}
+    def _may_be_null(cls, name: str) -> bool:
+        return True
 
 
 B = TypeVar("B", bound=BaseModel)

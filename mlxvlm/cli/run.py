@@ -27,7 +27,7 @@ from mlxvlm.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.agent.rounds import ToolAnswer
-    from mlxvlm.cli.tool_options import ChatTools
+    from mlxvlm.cli.chat_tools import ChatTools
     from mlxvlm.engine.engine import Engine
     from mlxvlm.engine.request import Completion, Delta, Request
     from mlxvlm.engine.stream import Stream

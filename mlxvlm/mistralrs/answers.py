@@ -23,7 +23,7 @@ from mlxvlm.api.answers import (
     FinishReason,
     ToolCallDelta,
 )
-from mlxvlm.api.assemble import FINGERPRINT, ChoiceAssembler, WholeChoice
+from mlxvlm.api.assemble import FINGERPRINT, WholeChoice, plan_choices
 from mlxvlm.api.messages import AssistantMessage, ChatMessage, ToolMessage
 from mlxvlm.api.plan import ChatPlan
 from mlxvlm.api.schema import ChatCompletionRequest as Body
@@ -51,16 +51,8 @@ class Round:
 
     def __init__(self, engine: Engine, body: Body, plan: ChatPlan, requests: Sequence[Request]) -> None:
         """Raises what submitting raises."""
-        self.choices = [
-            ChoiceAssembler(
-                index,
-                engine.processor.tokenizer.token_bytes if body.logprobs else None,
-                frozenset() if body.ignore_eos else engine.config.eos_token_ids,
-                plan.parser(),
-                max_calls=plan.max_calls,
-            )
-            for index in range(len(requests))
-        ]
+        token_bytes, eos = engine.processor.tokenizer.token_bytes, engine.config.eos_token_ids
+        self.choices = plan_choices(body, plan, token_bytes, eos, plan.parser)
         self._streams: list[Stream] = []
         try:
             for request in requests:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
 from mlxvlm.agent.rounds import Said
-from mlxvlm.api.assemble import ChatAssembler, ChoiceAssembler
+from mlxvlm.api.assemble import ChatAssembler, plan_choices
 from mlxvlm.api.base import parse
 from mlxvlm.api.plan import ChatPlan, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
@@ -23,8 +22,6 @@ from mlxvlm.server.doors import Doors
 from mlxvlm.server.models import LoadedModel
 from mlxvlm.server.outgoing import Reply
 
-_log = logging.getLogger(__name__)
-
 
 class ChatCompletions:
     """The endpoint, an ASGI application: all that a request holds ends with its call."""
@@ -34,10 +31,7 @@ class ChatCompletions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = parse(ChatCompletionRequest, await self._doors.read_json(HTTPRequest(scope, receive)))
-        try:
-            await unless_gone(receive, self._answer(body, scope, send))
-        except TimeoutError:
-            _log.warning("a client that takes too long to read its answer is cut off")
+        await unless_gone(receive, self._answer(body, scope, send))
 
     async def _answer(self, body: ChatCompletionRequest, scope: Scope, send: Send) -> None:
         doors = self._doors
@@ -91,15 +85,6 @@ def chat_assembler(
 ) -> ChatAssembler:
     """For the choices of one request. has_rounds: their Deltas are RoundDeltas."""
     engine = model.engine
-    choices = [
-        ChoiceAssembler(
-            index,
-            engine.processor.tokenizer.token_bytes if body.logprobs else None,
-            frozenset() if body.ignore_eos else engine.config.eos_token_ids,
-            Said() if has_rounds else plan.parser(),
-            max_calls=plan.max_calls,
-            with_token_ids=bool(body.return_token_ids),
-        )
-        for index in range(len(plan.requests))
-    ]
+    parser = Said if has_rounds else plan.parser
+    choices = plan_choices(body, plan, engine.processor.tokenizer.token_bytes, engine.config.eos_token_ids, parser)
     return ChatAssembler(choices, model.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from functools import partial
 
 from starlette.requests import Request as HTTPRequest
@@ -16,8 +15,6 @@ from mlxvlm.server.doors import Doors
 from mlxvlm.server.models import LoadedModel
 from mlxvlm.server.outgoing import Reply
 
-_log = logging.getLogger(__name__)
-
 
 class Completions:
     """The endpoint, an ASGI application: all that a request holds ends with its call."""
@@ -27,10 +24,7 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = parse(CompletionRequest, await self._doors.read_json(HTTPRequest(scope, receive)))
-        try:
-            await unless_gone(receive, self._answer(body, scope, send))
-        except TimeoutError:
-            _log.warning("a client that takes too long to read its answer is cut off")
+        await unless_gone(receive, self._answer(body, scope, send))
 
     async def _answer(self, body: CompletionRequest, scope: Scope, send: Send) -> None:
         doors = self._doors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from functools import partial
 
 from starlette.requests import Request
@@ -26,8 +25,6 @@ from mlxvlm.server.outgoing import Framing, Reply
 from mlxvlm.server.replies import failed_message, json_reply
 from mlxvlm.server.sse import named_frame
 
-_log = logging.getLogger(__name__)
-
 FRAMING = Framing(named_frame, failed_message, silence=named_frame(Ping()), done=b"")
 
 
@@ -47,10 +44,7 @@ class Messages:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = parse(MessagesRequest, await self._doors.read_json(Request(scope, receive)))
-        try:
-            await unless_gone(receive, self._answer(chat_request(body), scope, send))
-        except TimeoutError:
-            _log.warning("a client that takes too long to read its answer is cut off")
+        await unless_gone(receive, self._answer(chat_request(body), scope, send))
 
     async def _answer(self, body: ChatCompletionRequest, scope: Scope, send: Send) -> None:
         doors = self._doors

@@ -272,7 +272,7 @@ class Registry:
         await asyncio.shield(slot.loading)
 
     async def _change(self, work: Coroutine[Any, Any, None]) -> None:
-        """Goes on to its end also where the client that wanted it leaves: half a change would lose an engine."""
+        """Goes on to its end also where who wanted it leaves: half a change would lose an engine."""
         task = asyncio.create_task(work)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
@@ -363,7 +363,7 @@ class Registry:
     async def _reap(self, idle_s: float) -> None:
         while True:
             await asyncio.sleep(min(idle_s / 2, _LONGEST_REST_S))
-            await self.unload_idle()
+            await self._change(self.unload_idle())
 
     async def _in_pool(self, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

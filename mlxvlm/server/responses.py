@@ -111,10 +111,7 @@ class Responses:
         if body.background:
             await send_at_once(send, self._start(asked))
             return
-        try:
-            await unless_gone(receive, self._answer(asked, scope, send))
-        except TimeoutError:
-            _log.warning("a client that takes too long to read its answer is cut off")
+        await unless_gone(receive, self._answer(asked, scope, send))
 
     async def one(self, request: Request) -> HTTPResponse:
         """A stored response: shown, or forgotten."""

@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -77,6 +78,22 @@ def test_closing_gives_requests_time() -> None:
         assert list((await asyncio.to_thread(stream.result)).token_ids) == answer([1, 2], 50)
 
     asyncio.run(main())
+
+
+def test_closing_while_an_idle_model_is_unloaded() -> None:
+    """The thread that is to close the engine has not begun when the registry ends."""
+    loader, busy = FakeLoader(), threading.Event()
+
+    async def work(registry: Registry) -> None:
+        await registry.load()
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        loop.run_in_executor(None, busy.wait, 20)
+        await until(lambda: registry.status()[0]["status"] == "unloaded")
+        loop.call_later(0.05, busy.set)
+
+    run(work, loader, idle_unload_s=0.01)
+    assert loader.alive == 0
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mlxvlm.cli.chat.words import is_file, is_url
+from mlxvlm.cli.chat_tools import ChatTools, OnCalls
 from mlxvlm.cli.interrupts import on_interrupt
 from mlxvlm.cli.printable import printable
-from mlxvlm.cli.tool_options import ChatTools, OnCalls, tool_answer
+from mlxvlm.cli.tool_options import tool_answer
 from mlxvlm.engine.request import Completion, Delta, Request, Usage
 from mlxvlm.engine.stream import collect
 from mlxvlm.messages import ImageOptions, ImagePart, Message, TextPart, system

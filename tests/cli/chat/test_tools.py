@@ -14,7 +14,8 @@ from mlxvlm.agent.loop import BoundTool
 from mlxvlm.agent.tools import Tool
 from mlxvlm.cli.chat.commands import take
 from mlxvlm.cli.chat.session import Session
-from mlxvlm.cli.tool_options import ChatTools, call_text
+from mlxvlm.cli.chat_tools import ChatTools
+from mlxvlm.cli.tool_options import call_text
 from mlxvlm.engine.params import Grammar, SamplingParams
 from mlxvlm.errors import UsageError
 from mlxvlm.messages import ToolCall
