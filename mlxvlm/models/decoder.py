@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxvlm.models.base import Cache, Features, Inputs, KVSpec, RowState, check_numbers, images_from, merge_features
-from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
+from mlxvlm.models.layers import GatedMLP, join_heads, split_heads, unshared
 from mlxvlm.models.rope import RoPE, Rotation, rope_parameters
 from mlxvlm.processors.base import Prompt
 
@@ -141,13 +141,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
         self._heads, self._kv_heads = heads, kv_heads
         self._scale = head_dim**-0.5
+        self._sum = unshared
 
     def __call__(self, x: mx.array, rotate: Rotation, cache: Cache) -> mx.array:
         queries = split_heads(self.q_proj(x), self._heads)  # [B, H, L, Dh]
         keys = split_heads(self.k_proj(x), self._kv_heads)  # [B, K, L, Dh]
         values = split_heads(self.v_proj(x), self._kv_heads)
         mixed = cache.attend(rotate(queries), rotate(keys), values, self._scale)
-        return self.o_proj(join_heads(mixed))
+        return self._sum(self.o_proj(join_heads(mixed)))
 
 
 class DecoderLayer(nn.Module):

@@ -23,7 +23,7 @@ from mlxvlm.models.base import (
 )
 from mlxvlm.models.decoder import Attention, Decoder, DecoderConfig, DecoderModel
 from mlxvlm.models.experts import Experts
-from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
+from mlxvlm.models.layers import GatedMLP, join_heads, split_heads, unshared
 from mlxvlm.models.rope import Rotation, inverse_frequencies, rope_parameters
 from mlxvlm.models.vit import VisionMLP, attend, pixel_shuffle
 from mlxvlm.processors.base import PreparedImage
@@ -329,7 +329,7 @@ class TextAttention(Attention):
             queries, keys = (mx.fast.rms_norm(heads, None, self._norm_eps) for heads in (queries, keys))
         if self._tunes_temperature and temperature is not None:
             queries = (queries * temperature).astype(queries.dtype)
-        return self.o_proj(join_heads(cache.attend(queries, keys, values, self._scale)))
+        return self._sum(self.o_proj(join_heads(cache.attend(queries, keys, values, self._scale))))
 
 
 class MixtureOfExperts(nn.Module):
@@ -342,6 +342,7 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(dims, config.num_local_experts, bias=False)
         self.shared_expert = GatedMLP(dims, hidden_dims, act)
         self._chosen = config.num_experts_per_tok
+        self._sum = unshared
 
     def __call__(self, x: mx.array) -> mx.array:
         count, dims = self._chosen, x.shape[-1]
@@ -351,7 +352,7 @@ class MixtureOfExperts(nn.Module):
         scores = mx.sigmoid(chosen.astype(mx.float32)).astype(x.dtype)  # [B, L, k], each on its own
         scaled = x[..., None, :] * scores[..., None]  # [B, L, k, D]
         routed = self.experts(scaled.reshape(-1, dims), experts.reshape(-1)).reshape(scaled.shape)
-        return self.shared_expert(x) + routed.sum(axis=-2)
+        return self._sum(self.shared_expert(x) + routed.sum(axis=-2))
 
 
 class TextLayer(nn.Module):

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlxvlm.models.base import Cache, Features, Inputs, KVSpec, QuantPaths, RowState, check_numbers, renamed
 from mlxvlm.models.decoder import DecoderConfig, DecoderLayer
-from mlxvlm.models.layers import GatedMLP, join_heads, split_heads
+from mlxvlm.models.layers import GatedMLP, join_heads, split_heads, unshared
 from mlxvlm.models.rope import RoPE, rope_parameters
 from mlxvlm.models.vit import VisionMLP, to_channels_last
 from mlxvlm.processors.base import PreparedImage, Prompt
@@ -327,6 +327,7 @@ class CrossAttention(nn.Module):
         self._heads, self._kv_heads = heads, kv_heads
         self._scale = head_dim**-0.5
         self._index = index  # among the cross layers
+        self._sum = unshared
 
     def keys_and_values(self, states: mx.array) -> tuple[mx.array, mx.array]:
         """[1, S, D] -> twice [1, K, S, Dh]."""
@@ -337,7 +338,7 @@ class CrossAttention(nn.Module):
     def __call__(self, x: mx.array, views: Views) -> mx.array:
         queries = self.q_norm(split_heads(self.q_proj(x), self._heads))  # [B, H, L, Dh]
         mixed = [self._attend(queries[row : row + 1], view) for row, view in enumerate(views.rows)]
-        return self.o_proj(join_heads(mx.concatenate(mixed)))
+        return self._sum(self.o_proj(join_heads(mx.concatenate(mixed))))
 
     def _attend(self, queries: mx.array, view: View | None) -> mx.array:
         if view is None:
