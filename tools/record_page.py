@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from tests.serve_demo import PICTURES, demo_server  # noqa: E402
 from tests.server.browser import Page, chromium  # noqa: E402
 
-WIDTH, HEIGHT, SCALE = 1100, 810, 2  # of the window, CSS pixels, and the screen's pixels to each
+WIDTH, HEIGHT, SCALE = 1200, 1020, 2  # of the window, CSS pixels, and the screen's pixels to each
 COLORS = 128  # of the file: the page is mostly paper and ink
 # Pictures, question, answer. The last conversation is the one to be seen.
 CONVERSATIONS: tuple[tuple[tuple[tuple[str, ...], str, str], ...], ...] = (
@@ -43,7 +43,7 @@ CONVERSATIONS: tuple[tuple[tuple[tuple[str, ...], str, str], ...], ...] = (
 
 
 def talk(page: Page) -> None:
-    """Raises ValueError where the model is wrong."""
+    """Asks all of CONVERSATIONS; raises ValueError where the model is wrong."""
     for number, turns in enumerate(CONVERSATIONS):
         if number:
             page.one("#new-chat").click()
@@ -58,8 +58,11 @@ def talk(page: Page) -> None:
 
 
 def photograph(page: Page) -> Image.Image:
-    page.one("#composer textarea").click()
+    """The window, with no caret or button lit; raises ValueError where something is out of sight."""
+    page.one("#composer textarea").click()  # takes the pointer off the buttons
     page.run("document.activeElement.blur()")
+    if page.run("const it = document.querySelector('#scroller'); return it.scrollHeight > it.clientHeight"):
+        raise ValueError("the conversation is taller than the window: raise HEIGHT")
     shot = page.browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
     return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
 
