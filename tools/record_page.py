@@ -1,9 +1,9 @@
 """Takes the README's picture of the page: Chromium asks `mlxvlm serve -m demo`, and what it answers is what is shown.
 
-    python tools/record_page.py OUT.png [--chromium PATH] [--chromedriver PATH]
+    python tools/record_page.py OUT.png [--dark] [--chromium PATH] [--chromedriver PATH]
 
 Needs the `browser` extra and runs in a checkout. Ends with an error, and no picture, where an answer is not the right
-one.
+one or the conversation does not fit into the window.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def photograph(page: Page) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.png")
+    parser.add_argument("--dark", action="store_true", help="in the page's dark colours")
     for name in ("chromium", "chromedriver"):
         parser.add_argument(f"--{name}", default=shutil.which(name), required=shutil.which(name) is None)
     args = parser.parse_args()
@@ -81,6 +82,9 @@ def main() -> None:
     ):
         page = Page(browser, url)
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        if args.dark:
+            dark = {"name": "prefers-color-scheme", "value": "dark"}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [dark]})
         page.open()
         page.wait(lambda: page.texts("#model option") == ["demo"], "the model's name")
         talk(page)
