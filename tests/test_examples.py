@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import mlxvlm
+from mlxvlm.cli import main, parser
 from tests.serve_demo import demo_server
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -28,6 +29,29 @@ SAYS = {
     "http/structured.py": "heart is red",
     "runner/tools.py": "weather({",
     "runner/web_search.py": "\n",
+}
+
+
+FAMILIES = {"llama4", "llama_vision", "qwen2_vl", "idefics3", "smolvlm", "llava"}
+CHATS = {
+    "llama4": [
+        "An orange heart, a red star and a black triangle on a white background.",
+        "There are three shapes.",
+        "The red star is in the center.",
+    ],
+    "llama_vision": ["A pink heart on a gray background.", "The heart is pink.", "A green star."],
+    "qwen2_vl": ["The second picture.", "A pink heart."],
+    "idefics3": [
+        "A red heart and a black square on a white background.",
+        "The square is black.",
+        "The background is light blue.",
+    ],
+    "smolvlm": [
+        '[{"shape": "square", "color": "pink"}, {"shape": "star", "color": "blue"}]',
+        "The star is on the right.",
+        "No.",
+    ],
+    "llava": ["A red heart and a black square on a white background.", "The heart is red."],
 }
 
 
@@ -56,10 +80,26 @@ def test_example(
     assert errors == ""
 
 
-@pytest.mark.parametrize(("door", "families"), [(door, 6) for door in ("python", "runner", "http")])
-def test_each_door_has_each_family(door: str, families: int) -> None:
-    names = {"llama4", "llama_vision", "qwen2_vl", "idefics3", "smolvlm", "llava"}
-    assert len(names & {path.stem for path in (EXAMPLES / door).glob("*.py")}) == families
+@pytest.mark.parametrize("door", ["python", "runner", "http", "chat"])
+def test_each_door_has_each_family(door: str) -> None:
+    assert {path.stem for path in (EXAMPLES / door).iterdir()} >= FAMILIES
+
+
+@pytest.mark.parametrize("name", sorted(CHATS))
+def test_chat(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    with (EXAMPLES / "chat" / f"{name}.txt").open() as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        assert main(["chat", "-m", "demo"]) == 0
+    assert capsys.readouterr().out.splitlines() == CHATS[name]
+
+
+def test_the_chats_models_are_named() -> None:
+    table = (EXAMPLES / "README.md").read_text()
+    for path in (EXAMPLES / "chat").iterdir():
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{path.name}`"))
+        command = row.split("`")[-2].split()
+        assert (command[0], parser().parse_args(command[1:]).isq) == ("mlxvlm", "4" if "--isq" in row else None)
 
 
 def test_an_example_from_a_shell() -> None:

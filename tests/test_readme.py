@@ -33,5 +33,7 @@ def test_the_demo_command_asks_about_a_picture_that_ships() -> None:
 
 def test_files_named_in_the_docs_exist() -> None:
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
+        text = document.read_text()
+        links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text) + re.findall(r'src(?:set)?="([^"]+)"', text)
+        for link in links:
             assert (document.parent / link).exists(), f"{document.name}: {link}"

@@ -69,6 +69,8 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
             # Pictures are decoded when they are attached, and shown.
             "processors.images",
             "checkpoint.inventory",
+            # What its users' commands say.
+            "mistralrs.architectures",
         },
         {"tqdm", "prompt_toolkit", "rich", "markdown_it", "PIL", "textual_image"},
     ),

@@ -5,7 +5,7 @@ Source of the defaults' precedence: transformers reads generation_config.json fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -119,12 +119,23 @@ def open_model(
     chat_template: Path | None = None,
     mmproj: Path | None = None,
     from_uqff: str | None = None,
+    arch: Collection[str] = (),
 ) -> ModelSource:
     """Finds a model and reads its small files; no MLX is imported yet, but for GGUF and UQFF files.
 
     mmproj: the picture half of a GGUF model. from_uqff: UQFF files to take the weights from, see uqff_files.find.
-    Raises ModelError and its kinds.
+    arch: the model types that it may be of, none for any. Raises ModelError and its kinds, UsageError.
     """
+    source = _open(name, revision, chat_template, mmproj, from_uqff)
+    model_type = source.config["model_type"]
+    if arch and model_type not in arch:
+        raise UsageError(f"--arch stands for {' or '.join(arch)}, but {name} is {model_type}: leave --arch out")
+    return source
+
+
+def _open(
+    name: str, revision: str | None, chat_template: Path | None, mmproj: Path | None, from_uqff: str | None
+) -> ModelSource:
     is_gguf = name.lower().endswith(GGUF) and not Path(name).expanduser().is_dir()
     if from_uqff is not None and (is_gguf or mmproj is not None):
         raise UsageError("GGUF and UQFF files are no parts of one model: leave --from-uqff, or -m's file, out")

@@ -7,11 +7,14 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from types import ModuleType
 
 from mlxvlm import __version__
-from mlxvlm.cli import bench, chat, doctor, models, pull, quantize, run, serve
-from mlxvlm.errors import InternalError, MlxvlmError
+from mlxvlm.cli import bench, chat, doctor, models, old_commands, pull, quantize, run, serve
+from mlxvlm.cli.printable import printable
+from mlxvlm.errors import InternalError, MlxvlmError, UsageError
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
@@ -27,6 +30,10 @@ Vision-language models on Apple Silicon.
   mlxvlm quantize -m Qwen/Qwen2-VL-7B-Instruct --isq 4 -o Qwen2-VL-7B-4bit
   mlxvlm doctor -m HuggingFaceTB/SmolVLM-Instruct
 """
+_COMMANDS: Mapping[str, ModuleType] = {
+    each.__name__.rpartition(".")[2]: each for each in (run, chat, serve, quantize, doctor, bench, models, pull)
+}
+_FLAGS = ("-h", "--help", "--version", "--debug")
 _EPILOG = "exit codes: 0 done, 2 usage, 3 input, 4 model, 5 internal error, 130 interrupted"
 
 
@@ -41,21 +48,23 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"mlxvlm {__version__}")
     root.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    run.add_parser(commands)
-    chat.add_parser(commands)
-    serve.add_parser(commands)
-    quantize.add_parser(commands)
-    doctor.add_parser(commands)
-    bench.add_parser(commands)
-    models.add_parser(commands)
-    pull.add_parser(commands)
+    for command in _COMMANDS.values():
+        command.add_parser(commands)
     return root
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     _mend_streams()
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    root = parser()
+    if not argv:
+        root.print_help(sys.stderr)
+        return UsageError.exit_code
+    if (hint := old_commands.hint(argv) or _misplaced(argv[0])) is not None:
+        print(f"mlxvlm: error: {hint}", file=sys.stderr)
+        return UsageError.exit_code
+    args = root.parse_args(argv)
     try:
         code: int = args.execute(args)
         sys.stdout.flush()
@@ -76,6 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             _drop_output()  # a full disk, say
         return error.exit_code if isinstance(error, MlxvlmError) else InternalError.exit_code
+
+
+def _misplaced(word: str) -> str | None:
+    """What is wrong with the first word, None if it may stand there."""
+    if word in _COMMANDS or word in _FLAGS:
+        return None
+    if word.startswith("-"):
+        return f"a command comes first: {', '.join(_COMMANDS)} (mlxvlm --help)"
+    near = get_close_matches(word.lower(), _COMMANDS, n=1)
+    guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
+    return f"there is no command {printable(word[:40])}: {guess}"
 
 
 def _mend_streams() -> None:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxvlm.errors import UsageError
+
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import LoadOptions, ModelSource
     from mlxvlm.engine.request import Usage
@@ -14,7 +16,7 @@ REQUANTIZE = "8@32"  # of checkpoint.load, whose import would slow down --help
 
 
 def add_model_options(parser: argparse.ArgumentParser, many: bool = False) -> None:
-    """-m, --mmproj, --from-uqff, --requantize, --revision, --dtype, --chat-template.
+    """-m, --arch, --mmproj, --from-uqff, --requantize, --revision, --dtype, --chat-template.
 
     many: -m may be given several times or not at all, and None stands for what is not given.
     """
@@ -27,6 +29,13 @@ def add_model_options(parser: argparse.ArgumentParser, many: bool = False) -> No
         metavar="[NAME=]MODEL" if many else "MODEL",
         help="`demo` (ships with the package), a local folder, a GGUF file, or a Hugging Face repository id"
         + ("; repeatable" if many else ""),
+    )
+    group.add_argument(
+        "-a",
+        "--arch",
+        type=_arch,
+        metavar="NAME",
+        help="mistral.rs's name of the architecture, which must be the checkpoint's own; not needed",
     )
     group.add_argument("--mmproj", type=Path, metavar="FILE", help="the GGUF file of a GGUF model's picture half")
     group.add_argument(
@@ -55,6 +64,15 @@ def add_model_options(parser: argparse.ArgumentParser, many: bool = False) -> No
     group.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="a Jinja file (or JSON with that key) to use instead"
     )
+
+
+def _arch(name: str) -> tuple[str, ...]:
+    from mlxvlm.mistralrs.architectures import model_types
+
+    try:
+        return model_types(name)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_quantisation_options(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +109,7 @@ def open_source(args: argparse.Namespace) -> ModelSource:
         chat_template=args.chat_template,
         mmproj=args.mmproj,
         from_uqff=args.from_uqff,
+        arch=args.arch or (),
     )
 
 

@@ -13,6 +13,7 @@ from mlxvlm.errors import UsageError
 if TYPE_CHECKING:
     from mlxvlm.engine.params import Grammar, SamplingParams
 
+MAX_SEED = 2**64 - 1
 # Flags that are fields of SamplingParams under the same name.
 _PLAIN = (
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "xtc_probability", "xtc_threshold", "seed"),
@@ -81,6 +82,7 @@ def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> Sampl
     """The checkpoint's defaults with what the user gave. Raises UsageError for what can't be read."""
     from dataclasses import replace
 
+    check_seed(args.seed)
     given = {name: getattr(args, name) for name in _PLAIN if getattr(args, name) is not None}
     if args.dry_sequence_breaker:
         given["dry_sequence_breakers"] = tuple(args.dry_sequence_breaker)
@@ -92,6 +94,12 @@ def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> Sampl
         max_tokens=args.max_tokens,
         grammar=_grammar(args),
     )
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises UsageError: the sampler has 64 bits, and takes what is beyond them for another seed."""
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
 
 
 def _biases(texts: Sequence[str]) -> Mapping[int, float]:

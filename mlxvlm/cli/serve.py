@@ -27,7 +27,7 @@ API_KEY_VARIABLE = "MLXVLM_API_KEY"  # a secret: other users of a machine can re
 _KINDS = ("auto", "run", "text", "plain", "vision", "vision-plain", "multimodal")
 _NOT_IN_FILES = ("kind", "config")
 # Of one model: in [models.NAME] too, and beside one -m only where they name a file of it.
-_SOURCE = ("mmproj", "from_uqff", "revision", "chat_template")
+_SOURCE = ("arch", "mmproj", "from_uqff", "revision", "chat_template")
 _ONE_MODEL = (*_SOURCE, "draft_model")
 _ENGINE = ("kv_bits", "kv_group_size", "context_shift", "prefix_cache", "prefix_cache_size", "no_speculation")
 _MODEL_DEFAULTS = {"dtype": "auto", "requantize": REQUANTIZE}

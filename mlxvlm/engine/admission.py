@@ -156,7 +156,7 @@ def check(prompt: Prompt, image_token_id: int, vocab_size: int, max_context: int
         of_images = f" ({images} of them for images)" if images else ""
         raise ContextLengthError(
             f"the prompt has {length} tokens{of_images}, but the model's context is {max_context}: "
-            "shorten it or send fewer images"
+            f"shorten it{' or send fewer images' if images else ''}"
         )
     if prompt.images and prompt.images[-1].span[1] == length:
         # Decoding starts from the last token's own embedding.

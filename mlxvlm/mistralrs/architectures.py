@@ -44,6 +44,19 @@ _MODEL_TYPES: Mapping[Enum, tuple[str, ...]] = {
 }
 
 
+ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
+    str(arch.value).replace("-", "_"): types for arch, types in _MODEL_TYPES.items()
+}  # as its command line writes them
+
+
+def model_types(name: str) -> tuple[str, ...]:
+    """Of an architecture as mistral.rs's command line writes it. Raises UsageError naming all of them."""
+    types = ARCHITECTURES.get(name.lower().replace("-", "_"))
+    if types is None:
+        raise UsageError(f"there is no architecture {name[:40]!r}: there are {', '.join(ARCHITECTURES)}")
+    return types
+
+
 def check_architecture(arch: Enum | None, model: str, config: Mapping[str, Any]) -> None:
     """Raises UsageError unless a checkpoint's config is of that architecture; None is any."""
     if arch is None:

@@ -109,6 +109,7 @@ def test_a_timeout_ends_an_answer_with_what_there_is(asked: list[Request], capsy
         (["--logit-bias", "3"], "--logit-bias takes ID=VALUE like 42=-100, not '3'"),
         (["--logit-bias", "a=1"], "--logit-bias takes ID=VALUE"),
         (["--logit-bias", "3=nan"], "a value of logit_bias must be a number from -100 to 100"),
+        (["--seed", "-1"], "seed must be a whole number from 0 to 18446744073709551615, not -1"),
         (["--timeout", "0"], "--timeout is a number of seconds above 0, not 0"),
         (["--timeout", "nan"], "--timeout is a number of seconds above 0, not nan"),
         (["--timeout", "inf"], "--timeout is a number of seconds above 0, not inf"),

@@ -127,6 +127,14 @@ def test_tiny_contexts(room: int) -> None:
             engine.generate(ask([1] * room, 3))
 
 
+def test_only_of_a_prompt_with_images_less_are_asked() -> None:
+    with fake_engine(max_context=20) as engine:
+        with pytest.raises(ContextLengthError, match=r"context is 20: shorten it$"):
+            engine.generate(ask([1] * 20, 3))
+        with pytest.raises(ContextLengthError, match=r"images\), but .*: shorten it or send fewer images$"):
+            engine.generate(Request(conversation([("user", 18, 1)]), SamplingParams(max_tokens=3)))
+
+
 def test_an_answer_without_a_limit_goes_on_until_it_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (admission, scheduler):
         monkeypatch.setattr(module, "ANSWER_STEP", 8)

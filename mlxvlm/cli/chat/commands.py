@@ -14,6 +14,7 @@ from mlxvlm.cli.chat import transcript
 from mlxvlm.cli.chat.session import Picture, Session, Turn, figures
 from mlxvlm.cli.chat.words import SPACES, is_dropped, last_word, split_sources
 from mlxvlm.cli.options import size_text
+from mlxvlm.cli.sampling_options import check_seed
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.errors import InputError, UsageError
 
@@ -151,14 +152,18 @@ def _set(field: str, kind: type, session: Session, argument: str) -> Outcome:
 def _value(field: str, kind: type, session: Session, argument: str) -> Any:
     if argument.lower() == _DEFAULT:
         return getattr(session.start, field)
-    if argument.lower() in _OFF and getattr(SamplingParams(), field) is None:
+    may_be_off = getattr(SamplingParams(), field) is None
+    if argument.lower() in _OFF and may_be_off:
         return None
     try:
         value: Any = kind(argument)
-        SamplingParams(**{field: value}).check(1)
     except ValueError as error:
         what = "a whole number" if kind is int else "a number"
-        raise UsageError(f"{field} is {what} or {_DEFAULT}, not {argument[:40]!r}") from error
+        words = f", {_DEFAULT} or {_OFF[0]}" if may_be_off else f" or {_DEFAULT}"
+        raise UsageError(f"{field} is {what}{words}, not {argument[:40]!r}") from error
+    SamplingParams(**{field: value}).check(1)
+    if field == "seed":
+        check_seed(value)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,6 +162,33 @@ def test_settings(session: Session) -> None:
     for name in ("temperature", "topk", "topp", "minp", "max", "seed"):
         take(session, rf"\{name} default")
     assert session.sampling == session.start
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (r"\seed -1", "seed must be a whole number from 0 to 18446744073709551615, not -1"),
+        (r"\seed 18446744073709551616", "from 0 to 18446744073709551615"),
+        (r"\seed 1.5", "seed is a whole number, default or off, not '1.5'"),
+        (r"\temperature -1", "from 0 to 100"),
+        (r"\temperature nan", "from 0 to 100"),
+        (r"\topk -1", "of at least 0"),
+        (r"\topk off", "a whole number or default, not 'off'"),
+        (r"\topp 1.5", "from 0 to 1"),
+        (r"\minp -0.1", "from 0 to 1"),
+        (r"\max 0", "of at least 1"),
+    ],
+)
+def test_settings_have_ranges(line: str, words: str, session: Session) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        take(session, line)
+    assert session.sampling == session.start
+
+
+def test_the_largest_seed(session: Session) -> None:
+    take(session, rf"\seed {2**64 - 1}")
+    take(session, r"\temperature 1")
+    assert say(session, "Hello!").text
 
 
 def test_a_seed_repeats(session: Session) -> None:
