@@ -28,7 +28,7 @@ class PreparedImage:
     pixels: float32; each family's file states the shape.
     layout: the family's own grid, e.g. (rows, columns) of tiles.
     span: [start, end) of its placeholders in Prompt.token_ids.
-    digest: sha256 over the decoded pixels and every processor setting that shapes them.
+    digest: sha256 over the picture's bytes, or those cut for the tower, and every setting that shapes the pixels.
     """
 
     pixels: NDArray[np.float32] = field(repr=False)

@@ -29,7 +29,7 @@ from mlxvlm.processors.base import (
 )
 from mlxvlm.processors.files import ProcessorFiles, context_length
 from mlxvlm.processors.images import load_image
-from mlxvlm.processors.transforms import Normalizer
+from mlxvlm.processors.transforms import Frames, Normalizer
 
 Settings = TypeVar("Settings")
 Pixels = NDArray[np.float32]  # of one picture; each family's file states the shape
@@ -65,8 +65,12 @@ class FamilyProcessor(ABC, Generic[Settings]):
         """The id that features are written over. Raises ModelError where tokenizer and config disagree."""
 
     @abstractmethod
-    def to_pixels(self, image: Image.Image, settings: Settings) -> tuple[Pixels, Layout]:
-        """An RGB picture as the vision tower takes it."""
+    def to_frames(self, image: Image.Image, settings: Settings) -> tuple[Frames, Layout]:
+        """An RGB picture resized and cut as the vision tower takes it, in bytes."""
+
+    def to_pixels(self, frames: Frames, settings: Settings) -> Pixels:
+        """The bytes as the vision tower's numbers."""
+        return self.normalize(frames)
 
     @abstractmethod
     def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
@@ -131,13 +135,13 @@ class FamilyProcessor(ABC, Generic[Settings]):
     ) -> tuple[Pixels, Layout, bytes]:
         """RGB -> pixels, layout, digest."""
         settings = self.adapted(options)
-        pixels, layout = self.to_pixels(image, settings)
+        frames, layout = self.to_frames(image, settings)
         key = repr((settings, self.normalize.key, image.size, layout)).encode()
-        # The picture, or what the tower sees of it: both tell it from others, and large ones are hashed in vain.
-        is_small = 3 * image.width * image.height < pixels.nbytes
         digest = hashlib.sha256(key)
-        digest.update(image.tobytes() if is_small else np.ascontiguousarray(pixels).data)
-        return pixels, layout, digest.digest()
+        # The picture, or what becomes of it: both tell it from others, and the larger is hashed in vain.
+        is_small = 3 * image.width * image.height < frames.nbytes
+        digest.update(image.tobytes() if is_small else frames.data)
+        return self.to_pixels(frames, settings), layout, digest.digest()
 
     def _prepare_all(self, sources: Sequence[Any], options: ImageOptions) -> list[tuple[Pixels, Layout, bytes]]:
         """Stops at the picture that no longer fits, so that a hopeless request costs no more than one that fits."""

@@ -18,7 +18,9 @@ from mlxvlm.errors import ModelError
 from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.transforms import (
+    Frames,
     Normalizer,
+    cut,
     positive,
     resample_of,
     resize,
@@ -127,7 +129,7 @@ class Idefics3Processor(FamilyProcessor[ImageSettings]):
             )
         return found
 
-    def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
+    def to_frames(self, image: Image.Image, settings: ImageSettings) -> tuple[Frames, Layout]:
         """RGB -> [frames, 3, side, side], (rows, columns)."""
         if settings.do_resize:
             size = settings.fixed_size
@@ -137,14 +139,14 @@ class Idefics3Processor(FamilyProcessor[ImageSettings]):
             image = resize(image, *size, settings.resample)
         side = settings.tile
         if not settings.do_split:
-            return self.normalize(resize(image, side, side, settings.resample))[None], (0, 0)
+            return cut(resize(image, side, side, settings.resample), 1, 1), (0, 0)
         image = resize(image, *tiled_size(image.height, image.width, side), settings.resample)
         rows, columns = image.height // side, image.width // side
         if rows * columns == 1:
-            return self.normalize(image)[None], (0, 0)
-        frames = np.empty((rows * columns + 1, 3, side, side), np.float32)
-        self.normalize.write_tiles(image, rows, columns, frames[:-1])
-        self.normalize.write_tiles(resize(image, side, side, settings.resample), 1, 1, frames[-1:])
+            return cut(image, 1, 1), (0, 0)
+        frames = np.empty((rows * columns + 1, 3, side, side), np.uint8)
+        cut(image, rows, columns, frames[:-1])
+        cut(resize(image, side, side, settings.resample), 1, 1, frames[-1:])
         return frames, (rows, columns)
 
     def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:

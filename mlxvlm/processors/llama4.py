@@ -23,10 +23,13 @@ from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.transforms import (
     BFloat16Normalizer,
+    Frames,
     Normalizer,
+    cut,
     pad_bottom_right,
     positive,
     resample_of,
+    resize,
     resize_both,
 )
 
@@ -138,21 +141,21 @@ class Llama4Processor(FamilyProcessor[ImageSettings]):
         """
         return turn_of_text(message, parts, IMAGE)
 
-    def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
+    def to_frames(self, image: Image.Image, settings: ImageSettings) -> tuple[Frames, Layout]:
         """RGB -> [tiles, 3, side, side], (rows, columns)."""
         canvas = best_canvas(image.height, image.width, settings)
         size = fitted_size(image.height, image.width, canvas, settings)
         side = settings.tile
         rows, columns = canvas[0] // side, canvas[1] // side
         tiles = rows * columns
+        if tiles == 1:
+            return cut(pad_bottom_right(resize(image, *size, settings.resample), *canvas), 1, 1), (1, 1)
         # The overview is the whole picture, squeezed into one tile without regard to its aspect.
         fitted, overview = resize_both(image, size, (side, side), settings.resample)
+        frames = np.empty((tiles + 1, 3, side, side), np.uint8)
         # Padding is black before normalising, not zero after it.
-        padded = pad_bottom_right(fitted, *canvas)
-        frames = np.empty((tiles + (tiles > 1), 3, side, side), np.float32)
-        self.normalize.write_tiles(padded, rows, columns, frames[:tiles])
-        if tiles > 1:
-            self.normalize.write_tiles(overview, 1, 1, frames[tiles:])
+        cut(pad_bottom_right(fitted, *canvas), rows, columns, frames[:-1])
+        cut(overview, 1, 1, frames[-1:])
         return frames, (rows, columns)
 
     def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:

@@ -24,7 +24,9 @@ from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.transforms import (
     CLIP_MEAN,
     CLIP_STD,
+    Frames,
     Normalizer,
+    cut,
     floats,
     positive,
     resample_of,
@@ -71,7 +73,7 @@ class Tower:
 class View(Protocol):
     """How a picture becomes frames, and how many tokens they are."""
 
-    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Pixels, Layout]: ...
+    def __call__(self, image: Image.Image) -> tuple[Frames, Layout]: ...
 
     def num_tokens(self, layout: Layout) -> int: ...
 
@@ -116,7 +118,7 @@ class SingleView:
             resample=resample_of(config, Image.Resampling.BICUBIC),
         )
 
-    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Pixels, Layout]:
+    def __call__(self, image: Image.Image) -> tuple[Frames, Layout]:
         if self.pad_color is not None:
             image = _pad(image, max(image.size), max(image.size), self.pad_color)
         if self.fixed_size is not None:
@@ -128,7 +130,7 @@ class SingleView:
             top, left = (image.height - height) // 2, (image.width - width) // 2
             # What lies outside of a smaller picture is black, as in the reference.
             image = image.crop((left, top, left + width, top + height))
-        return normalize(image)[None], ()
+        return cut(image, 1, 1), ()
 
     def num_tokens(self, layout: Layout) -> int:
         return self.tower.tokens_per_frame
@@ -158,15 +160,15 @@ class AnyRes:
             raise ModelError(f"image_grid_pinpoints {canvases} are no multiples of the tile's {side} pixels")
         return cls(tower, canvases, resample_of(config, Image.Resampling.BICUBIC))
 
-    def __call__(self, image: Image.Image, normalize: Normalizer) -> tuple[Pixels, Layout]:
+    def __call__(self, image: Image.Image) -> tuple[Frames, Layout]:
         side = self.tower.image_size
         canvas = best_canvas(image.height, image.width, self.pinpoints)
         size = fitted_size(image.height, image.width, *canvas)
         fitted, whole = resize_both(image, size, (side, side), self.resample)
         rows, columns = canvas[0] // side, canvas[1] // side
-        frames = np.empty((1 + rows * columns, 3, side, side), np.float32)
-        normalize.write_tiles(whole, 1, 1, frames[:1])
-        normalize.write_tiles(_pad(fitted, *canvas), rows, columns, frames[1:])
+        frames = np.empty((1 + rows * columns, 3, side, side), np.uint8)
+        cut(whole, 1, 1, frames[:1])
+        cut(_pad(fitted, *canvas), rows, columns, frames[1:])
         grid = rows * self.tower.grid, columns * self.tower.grid
         trims = padding_patches(image.height, image.width, *grid)
         return frames, (rows, columns, *trims)
@@ -218,6 +220,8 @@ def padding_patches(height: int, width: int, grid_height: int, grid_width: int) 
 
 def _pad(image: Image.Image, height: int, width: int, color: tuple[int, ...] = (0, 0, 0)) -> Image.Image:
     """Centred on a canvas; of an odd rest the larger half goes right and below."""
+    if image.size == (width, height):
+        return image
     canvas = Image.new("RGB", (width, height), color)
     canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return canvas
@@ -260,8 +264,8 @@ class LlavaProcessor(FamilyProcessor[View]):
             parts = [*([TextPart(message.text)] if message.text else []), *message.images]
         return turn_of_parts(message, parts)
 
-    def to_pixels(self, image: Image.Image, settings: View) -> tuple[Pixels, Layout]:
-        return settings(image, self.normalize)
+    def to_frames(self, image: Image.Image, settings: View) -> tuple[Frames, Layout]:
+        return settings(image)
 
     def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
         return self.settings.num_tokens(layout)

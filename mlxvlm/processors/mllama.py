@@ -21,7 +21,10 @@ from mlxvlm.processors.base import turn_of_parts, turn_of_text
 from mlxvlm.processors.family import FamilyProcessor, Layout, Pixels
 from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.transforms import (
+    Frames,
     Normalizer,
+    cut,
+    pad_bottom_right,
     positive,
     resample_of,
     resize,
@@ -117,17 +120,21 @@ class MllamaProcessor(FamilyProcessor[ImageSettings]):
             rendered[first] = turn_of_text(*turns[first], IMAGE)
         return self.template.render(rendered, variables)
 
-    def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
-        """RGB -> [max tiles, 3, side, side], (rows, columns)."""
-        tile, max_tiles = settings.tile, settings.max_tiles
-        rows, columns = best_arrangement(image.height, image.width, tile, max_tiles)
-        canvas = Image.new("RGB", (columns * tile, rows * tile))
-        size = fitted_size(image.height, image.width, (canvas.height, canvas.width), tile)
+    def to_frames(self, image: Image.Image, settings: ImageSettings) -> tuple[Frames, Layout]:
+        """RGB -> [tiles, 3, side, side], (rows, columns)."""
+        tile = settings.tile
+        rows, columns = best_arrangement(image.height, image.width, tile, settings.max_tiles)
+        canvas = rows * tile, columns * tile
+        size = fitted_size(image.height, image.width, canvas, tile)
         # Padded before it is normalised: the margin is a normalised black, which is not 0.
-        canvas.paste(resize(image, *size, settings.resample))
-        pixels = np.zeros((max_tiles, 3, tile, tile), np.float32)
-        self.normalize.write_tiles(canvas, rows, columns, pixels[: rows * columns])
-        return pixels, (rows, columns)
+        padded = pad_bottom_right(resize(image, *size, settings.resample), *canvas)
+        return cut(padded, rows, columns), (rows, columns)
+
+    def to_pixels(self, frames: Frames, settings: ImageSettings) -> Pixels:
+        """[max tiles, 3, side, side], tiles that the picture does not fill exactly 0."""
+        pixels = np.zeros((settings.max_tiles, *frames.shape[1:]), np.float32)
+        self.normalize(frames, pixels[: len(frames)])
+        return pixels
 
     def num_placeholders(self, pixels: Pixels, layout: Layout) -> int:
         return 1  # the decoder looks at pictures through cross-attention

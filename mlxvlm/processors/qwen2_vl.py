@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mlxvlm.errors import ContextLengthError, ImageError, InputError, ModelError
@@ -24,6 +23,7 @@ from mlxvlm.processors.files import ProcessorFiles
 from mlxvlm.processors.transforms import (
     CLIP_MEAN,
     CLIP_STD,
+    Frames,
     Normalizer,
     resample_of,
     resize,
@@ -111,13 +111,12 @@ def fitted_size(height: int, width: int, settings: ImageSettings) -> tuple[int, 
     return fitted
 
 
-def to_patches(pixels: NDArray[np.float32], patch: int, merge: int) -> NDArray[np.float32]:
-    """[C, H, W] -> [P, C, patch, patch], block by block of merge x merge patches, so that a block's stand together."""
-    channels, height, width = pixels.shape
-    rows, columns = height // (patch * merge), width // (patch * merge)
-    blocks = pixels.reshape(channels, rows, merge, patch, columns, merge, patch)
-    patches = blocks.transpose(1, 4, 2, 5, 0, 3, 6)  # [rows, columns, merge, merge, C, patch, patch]
-    return np.ascontiguousarray(patches).reshape(-1, channels, patch, patch)
+def to_patches(image: Image.Image, patch: int, merge: int) -> Frames:
+    """RGB -> [P, 3, patch, patch], block by block of merge x merge patches, so that a block's stand together."""
+    rows, columns = image.height // (patch * merge), image.width // (patch * merge)
+    blocks = np.asarray(image).reshape(rows, merge, patch, columns, merge, patch, 3)
+    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows, columns, merge, merge, 3, patch, patch]
+    return np.ascontiguousarray(patches).reshape(-1, 3, patch, patch)
 
 
 class Qwen2VLProcessor(FamilyProcessor[ImageSettings]):
@@ -147,7 +146,7 @@ class Qwen2VLProcessor(FamilyProcessor[ImageSettings]):
         # A marker typed with its brackets stands for the whole of what the template writes.
         return place_images(message, WRAPPED_IMAGE if WRAPPED_IMAGE in message.text else IMAGE)
 
-    def to_pixels(self, image: Image.Image, settings: ImageSettings) -> tuple[Pixels, Layout]:
+    def to_frames(self, image: Image.Image, settings: ImageSettings) -> tuple[Frames, Layout]:
         """RGB -> [patches, 3, side, side], (rows, columns) of patches."""
         if settings.do_resize:
             size = fitted_size(image.height, image.width, settings)
@@ -158,15 +157,8 @@ class Qwen2VLProcessor(FamilyProcessor[ImageSettings]):
                 f"the image is {image.width} x {image.height} pixels, and this model, which is set to resize nothing, "
                 f"takes multiples of {settings.step}"
             )
-        pixels = np.empty(
-            (image.height * image.width // settings.patch**2, 3, settings.patch, settings.patch), np.float32
-        )
-        # One row of blocks at a time: what is being normalised and moved stays in the processor's cache.
-        for index, band in enumerate(np.split(pixels, image.height // settings.step)):
-            top = index * settings.step
-            strip = image.crop((0, top, image.width, top + settings.step))
-            band[:] = to_patches(self.normalize(strip), settings.patch, settings.merge)
-        return pixels, (image.height // settings.patch, image.width // settings.patch)
+        frames = to_patches(image, settings.patch, settings.merge)
+        return frames, (image.height // settings.patch, image.width // settings.patch)
 
     def _check_room(self, size: tuple[int, int], settings: ImageSettings) -> None:
         """Before a picture is blown up: requests may ask for any size."""

@@ -20,6 +20,9 @@ RESCALE_FACTOR = 0.00392156862745098  # 1/255 as the checkpoints' configs spell 
 # The training data's statistics (openai/CLIP `clip.py`).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CACHED = 1 << 18  # values that are looked up at once: NumPy holds 8 bytes of index for each
+
+Frames = NDArray[np.uint8]  # [N, 3, H, W], a picture's bytes cut as its tower takes them
 
 
 def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
@@ -74,33 +77,25 @@ class Normalizer:
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
-        """[256, C]: a byte has 256 values, so the reference's arithmetic runs once a value instead of once a pixel."""
+        """[C, 256]: a byte has 256 values, so the reference's arithmetic runs once a value instead of once a pixel."""
         levels = np.arange(256, dtype=np.float64) * (self.rescale_factor if self.do_rescale else 1.0)
-        table: NDArray[np.float32] = np.repeat(levels.astype(np.float32)[:, None], len(self.mean), axis=1)
+        table: NDArray[np.float32] = np.repeat(levels.astype(np.float32)[None], len(self.mean), axis=0)
         if self.do_normalize:
-            table -= np.array(self.mean, np.float32)
-            table /= np.array(self.std, np.float32)
+            table -= np.array(self.mean, np.float32)[:, None]
+            table /= np.array(self.std, np.float32)[:, None]
         return table
 
-    def __call__(self, image: Image.Image) -> NDArray[np.float32]:
-        """An RGB image as float32 [C, H, W]."""
-        pixels: NDArray[np.float32] = np.empty((len(self.mean), image.height, image.width), np.float32)
-        self.write_tiles(image, 1, 1, pixels[None])
+    def __call__(self, frames: Frames, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """[N, C, H, W], into `out` (contiguous, of the same shape) if there is one. Each value is written once."""
+        pixels: NDArray[np.float32] = np.empty(frames.shape, np.float32) if out is None else out
+        table = self._table.reshape(-1)
+        channels = np.arange(0, len(table), 256, dtype=np.uint16)[:, None, None]
+        step = max(1, CACHED // max(1, frames[0].size))
+        for start in range(0, len(frames), step):
+            some = slice(start, start + step)
+            # No index is out of range; with "raise" NumPy writes to a buffer of its own first.
+            np.take(table, frames[some] + channels, out=pixels[some], mode="clip")
         return pixels
-
-    def write_tiles(self, image: Image.Image, rows: int, columns: int, out: NDArray[np.float32]) -> None:
-        """An RGB image cut into rows * columns tiles, row by row, into `out`, contiguous [tiles, C, H, W].
-
-        Each value is written once, in its place.
-        """
-        pixels, levels = np.asarray(image), np.ascontiguousarray(self._table.T)
-        height, width = out.shape[2:]
-        for index in range(rows * columns):
-            top, left = index // columns * height, index % columns * width
-            tile = pixels[top : top + height, left : left + width]
-            for channel, table in enumerate(levels):
-                # A byte is never out of range; with "raise" NumPy writes to a buffer of its own first.
-                np.take(table, tile[..., channel], out=out[index, channel], mode="clip")
 
 
 @dataclass(frozen=True)
@@ -110,8 +105,20 @@ class BFloat16Normalizer(Normalizer):
     @cached_property
     def _table(self) -> NDArray[np.float32]:
         levels = np.arange(256, dtype=np.float32) * np.float32(self.rescale_factor)
-        mean, std = (round_to_bfloat16(np.array(values, np.float32)) for values in (self.mean, self.std))
-        return round_to_bfloat16(round_to_bfloat16(round_to_bfloat16(levels)[:, None] - mean) / std)
+        mean, std = (round_to_bfloat16(np.array(values, np.float32))[:, None] for values in (self.mean, self.std))
+        return round_to_bfloat16(round_to_bfloat16(round_to_bfloat16(levels) - mean) / std)
+
+
+def cut(image: Image.Image, rows: int, columns: int, out: Frames | None = None) -> Frames:
+    """An RGB image as rows * columns tiles, row by row: [tiles, 3, side, side], into `out` if there is one.
+
+    Bytes are moved, not the floats that they become: a quarter of the memory.
+    """
+    height, width = image.height // rows, image.width // columns
+    frames: Frames = np.empty((rows * columns, 3, height, width), np.uint8) if out is None else out
+    pixels = np.asarray(image).reshape(rows, height, columns, width, 3)
+    frames.reshape(rows, columns, 3, height, width)[:] = pixels.transpose(0, 2, 4, 1, 3)
+    return frames
 
 
 def round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -29,6 +29,7 @@ from mlxvlm.processors.llava import (
     padding_patches,
     short_edge_size,
 )
+from mlxvlm.processors.transforms import cut
 from tests.golden import GOLDENS
 
 CLIP, SIGLIP, TILES = (GOLDENS / f"llava_{name}" for name in ("clip", "siglip", "next_tiles"))
@@ -123,18 +124,19 @@ def test_tiles_are_the_padded_canvas_row_by_row() -> None:
         image.resize((width, height), Image.Resampling.BICUBIC)
     )
     assert len(pixels) == 1 + rows * columns
-    whole = processor.normalize(image.resize((12, 12), Image.Resampling.BICUBIC))
-    assert np.array_equal(pixels[0], whole)
+    whole = image.resize((12, 12), Image.Resampling.BICUBIC)
+    assert np.array_equal(pixels[:1], processor.normalize(cut(whole, 1, 1)))
     for row in range(rows):
         for column in range(columns):
             tile = canvas[row * 12 : row * 12 + 12, column * 12 : column * 12 + 12]
-            assert np.array_equal(pixels[1 + row * columns + column], processor.normalize(Image.fromarray(tile)))
+            expected = processor.normalize(tile.transpose(2, 0, 1)[None])[0]
+            assert np.array_equal(pixels[1 + row * columns + column], expected)
 
 
 def test_a_strip_may_leave_no_row_of_its_tiles() -> None:
     view = AnyRes(Tower(4, 2, True, True), ((4, 8),), 3)
-    pixels, layout = view(picture(1, 400), processor_of(TILES).normalize)
-    assert (len(pixels), layout, view.num_tokens(layout)) == (3, (1, 2, 1, 0), 4)
+    frames, layout = view(picture(1, 400))
+    assert (len(frames), layout, view.num_tokens(layout)) == (3, (1, 2, 1, 0), 4)
 
 
 def test_centre_crop() -> None:
@@ -142,7 +144,7 @@ def test_centre_crop() -> None:
     image = picture(18, 41)
     pixels, layout, _ = processor.prepare_image(image)
     assert layout == ()
-    assert np.array_equal(pixels, processor.normalize(image.crop((11, 0, 29, 18)))[None])
+    assert np.array_equal(pixels, processor.normalize(cut(image.crop((11, 0, 29, 18)), 1, 1)))
 
 
 def test_padding_to_a_square_is_off_unless_asked_for() -> None:

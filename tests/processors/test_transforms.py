@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mlxvlm.processors import transforms
 from mlxvlm.processors.transforms import (
     RESCALE_FACTOR,
     Normalizer,
+    cut,
     floats,
     positive,
     resample_of,
@@ -47,15 +49,15 @@ def test_normalizer(
 ) -> None:
     settings = Normalizer(mean, std, factor, do_rescale, do_normalize)
     pixels = np.concatenate([np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, 2), noise(256, 1, 3)], axis=1)
-    result = settings(Image.fromarray(pixels))
+    result = settings(pixels.transpose(2, 0, 1)[None])
     assert result.dtype == np.float32
-    assert result.shape == (3, 256, 2)
+    assert result.shape == (1, 3, 256, 2)
     assert result.flags.c_contiguous
-    assert np.array_equal(result, slow_normalize(pixels, settings))
+    assert np.array_equal(result[0], slow_normalize(pixels, settings))
 
 
 def test_half_spans_minus_one_to_one() -> None:
-    result = Normalizer(*HALF)(Image.fromarray(np.array([[[0, 255, 0]]], np.uint8)))
+    result = Normalizer(*HALF)(np.array([0, 255, 0], np.uint8).reshape(1, 3, 1, 1))
     assert result.reshape(-1).tolist() == [-1.0, 1.0, -1.0]
 
 
@@ -75,16 +77,27 @@ def test_the_key_tells_settings_apart() -> None:
 
 
 @given(*[st.integers(1, 4) for _ in range(4)])
-def test_tiles_are_the_normalised_picture_cut(rows: int, columns: int, height: int, width: int) -> None:
-    settings = Normalizer(*CLIP)
+def test_tiles_are_the_picture_cut(rows: int, columns: int, height: int, width: int) -> None:
     pixels = noise(rows * height, columns * width, 3)
-    tiles = np.full((rows * columns + 1, 3, height, width), 7, np.float32)
-    settings.write_tiles(Image.fromarray(pixels), rows, columns, tiles[:-1])
-    whole = slow_normalize(pixels, settings)
+    tiles = np.full((rows * columns + 1, 3, height, width), 7, np.uint8)
+    assert np.shares_memory(cut(Image.fromarray(pixels), rows, columns, tiles[:-1]), tiles)
     for index, tile in enumerate(tiles[:-1]):
         top, left = index // columns * height, index % columns * width
-        assert np.array_equal(tile, whole[:, top : top + height, left : left + width])
+        assert np.array_equal(tile, pixels[top : top + height, left : left + width].transpose(2, 0, 1))
     assert (tiles[-1] == 7).all()
+    assert np.array_equal(cut(Image.fromarray(pixels), rows, columns), tiles[:-1])
+
+
+@pytest.mark.parametrize("at_once", [1, 24, 60, 1 << 18])
+def test_frames_are_normalised_some_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "CACHED", at_once)
+    settings = Normalizer(*CLIP)
+    frames = noise(5 * 3, 2, 4).reshape(5, 3, 2, 4)
+    out = np.full((6, 3, 2, 4), 7, np.float32)
+    assert np.shares_memory(settings(frames, out[:-1]), out)
+    expected = [slow_normalize(frame.transpose(1, 2, 0), settings) for frame in frames]
+    assert np.array_equal(out[:-1], np.stack(expected))
+    assert (out[-1] == 7).all()
 
 
 def test_two_sizes_of_a_picture() -> None:
