@@ -177,9 +177,10 @@ def test_requests_that_the_end_cuts_off_are_told(caplog: pytest.LogCaptureFixtur
             server.end()
             events = [line for line in pieces if line]
         waiting.join(20)
-    assert json.loads(events[-2].removeprefix("data: "))["error"]["type"] == "server_error"
+    error = json.loads(events[-2].removeprefix("data: "))["error"]
+    assert (error["type"], error["message"]) == ("server_error", "the server is shutting down")
     assert events[-1] == "data: [DONE]"
-    assert [reply.status_code for reply in replies] == [503]
+    assert [(reply.status_code, reply.json()["error"]["message"]) for reply in replies] == [(503, error["message"])]
     assert not [record for record in caplog.records if record.exc_info], "no tracebacks"
 
 
