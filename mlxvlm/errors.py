@@ -126,6 +126,13 @@ class EngineClosedError(MlxvlmError):
     http_status = 503
 
 
+class AnswerTimeoutError(MlxvlmError):
+    """A request's own time was over before there was anything of an answer."""
+
+    http_status = 504
+    code = "timeout"
+
+
 class OverloadedError(MlxvlmError):
     """More requests wait than the engine takes; try again later."""
 

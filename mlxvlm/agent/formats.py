@@ -102,13 +102,13 @@ class ToolFormat:
         parallel = parallel and self.style.parallel and not isinstance(choice, NamedTool)
         return grammar_of(self.style, tools, self._special, parallel=parallel, optional=optional)
 
-    def parser(self, tools: Sequence[Tool], *, constrained: bool = False) -> ToolParser:
-        """constrained: the answer follows grammar(), so arguments are given out as they grow."""
+    def parser(self, tools: Sequence[Tool], *, constrained: bool = False, grows: bool = True) -> ToolParser:
+        """constrained: the answer follows grammar(). grows: arguments are then given out as they come."""
         syntax = self.style.syntax
         if constrained:  # calls of other spellings are not the grammar's
             spelt = self.render([ToolCall("", "", "")])
             syntax = replace(syntax, markers=tuple(pair for pair in syntax.markers if spelt.startswith(pair[0])))
-        return ToolParser(syntax, tools, self._special, constrained=constrained)
+        return ToolParser(syntax, tools, self._special, constrained=constrained, grows=grows)
 
     def render(self, calls: Sequence[ToolCall]) -> str:
         """Calls as the model should write them."""

@@ -2,7 +2,7 @@
 
 What is no call stays text, in its place: a call that is cut off or malformed, one of a tool that there is not, one with
 keys that calls don't have. A call is given out when it is complete, so its arguments are JSON; under a grammar, which
-leaves no other way to go on, they are given out as they grow. White space beside calls and markers is dropped.
+leaves no other way to go on, they can be given out as they grow. White space beside calls and markers is dropped.
 """
 
 from __future__ import annotations
@@ -51,15 +51,27 @@ class Syntax:
 
 
 class ToolParser:
-    """One answer. `hidden`: markers that are special tokens, which no answer shows even where they mean nothing."""
+    """One answer."""
 
     def __init__(
-        self, syntax: Syntax, tools: Sequence[Tool], hidden: Collection[str] = (), *, constrained: bool = False
+        self,
+        syntax: Syntax,
+        tools: Sequence[Tool],
+        hidden: Collection[str] = (),
+        *,
+        constrained: bool = False,
+        grows: bool = True,
     ) -> None:
+        """hidden: markers that are special tokens, which no answer shows even where they mean nothing.
+
+        constrained: the answer follows a grammar. grows: then arguments are given out as they come, so that a call
+        which is cut off is a call with broken JSON; else it stays text, as without a grammar.
+        """
         self._syntax = syntax if tools else Syntax(closers=tuple(hidden))
         self._names = frozenset(tool.name for tool in tools)
         self._hidden = frozenset(hidden)
         self._constrained = constrained
+        self._grows = constrained and grows
         self._reader = Reader()
         self._out: list[Piece] = []
         self._count = 0  # calls given out
@@ -161,7 +173,7 @@ class ToolParser:
         try:
             calls = yield from self._calls(marked=bool(opener))
         except MalformedError:
-            if self._count > begun:  # under a grammar, so the answer was cut off: what is open is the arguments'
+            if self._count > begun:  # they grow, so the answer was cut off: what is open is the arguments'
                 reader.at = len(reader.text)
                 self._grow()
                 self._growing = ""
@@ -189,7 +201,7 @@ class ToolParser:
         self._growing = new_call_id()
         self._out.append(CallDelta(self._count, self._growing, name, _SURROGATE.sub(_escaped, arguments)))
         self._count += 1
-        if not self._constrained:
+        if not self._grows:
             self._growing = ""
 
     def _grow(self) -> None:
@@ -245,10 +257,11 @@ class ToolParser:
             if (yield from reader.skip_space()) != ",":
                 break
             reader.at += 1
-        if self._constrained and len(members) < 2:  # nothing of it was given out
+        if self._constrained and len(members) < 2:  # no grammar's
             raise MalformedError
-        yield from reader.expect("}")
-        return [] if self._constrained else [_call(members)]
+        if not self._constrained or (yield from reader.peek()):  # where only this is cut off, the arguments are whole
+            yield from reader.expect("}")
+        return [] if self._grows else [_call(members)]
 
     def _may_follow(self, key: str, members: Mapping[str, str]) -> bool:
         if self._constrained:  # a grammar leaves one order
@@ -256,12 +269,12 @@ class ToolParser:
         return key in _KEYS and key not in members and not (key in _ARGUMENTS and members.keys() & _ARGUMENTS)
 
     def _member(self, key: str, name: str) -> Reading[str]:
-        """The text of a call's member; arguments under a grammar are given out on the way."""
+        """The text of a call's member; arguments that grow are given out on the way."""
         reader = self._reader
         start = reader.at
         if key == "name":
             return json.dumps((yield from json_string(reader)))
-        if self._constrained and key in _ARGUMENTS and (yield from reader.peek()):
+        if self._grows and key in _ARGUMENTS and (yield from reader.peek()):
             self._begin(json.loads(name))
             self._sent = start
         yield from json_value(reader)

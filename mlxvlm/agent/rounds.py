@@ -53,7 +53,7 @@ class ToolFormat(Protocol):
 
     def grammar(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool = True) -> Grammar | None: ...
 
-    def parser(self, tools: Sequence[Tool], *, constrained: bool = False) -> ToolParser: ...
+    def parser(self, tools: Sequence[Tool], *, constrained: bool = False, grows: bool = True) -> ToolParser: ...
 
 
 class Source(Protocol):
@@ -66,12 +66,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a model may call. tools: all; bound: those of them that are answered here, the others are the caller's."""
+    """What a model may call. tools: all; bound: those of them that are answered here, the others are the caller's.
+
+    grows: a grammar's calls are shown as they come, see ToolParser.
+    """
 
     format: ToolFormat
     tools: tuple[Tool, ...]
     bound: tuple[BoundTool, ...] = ()
     is_parallel: bool = True
+    grows: bool = True
 
     def first(self, request: Request, choice: ToolChoice = "auto") -> Request:
         """A request with the tools in it."""
@@ -102,7 +106,7 @@ class Offer:
     def parser(self, request: Request) -> ToolParser:
         """For the answer to a request of first() or next(): it knows all tools, so that no call is taken for text."""
         is_constrained = request.sampling is not None and request.sampling.grammar is not None
-        return self.format.parser(self.tools, constrained=is_constrained)
+        return self.format.parser(self.tools, constrained=is_constrained, grows=self.grows)
 
 
 @dataclass(frozen=True, slots=True)

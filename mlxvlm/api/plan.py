@@ -32,6 +32,7 @@ class ChatPlan:
     """What the engine is asked, and how its answers are to be read.
 
     requests: one for each choice, equal but for their seeds. tools: what may be called; a parser is needed only then.
+    is_streamed: calls may be told in pieces, before it is sure that they will be whole.
     """
 
     requests: tuple[Request, ...]
@@ -39,12 +40,13 @@ class ChatPlan:
     tools: tuple[Tool, ...] = ()
     is_constrained: bool = False
     max_calls: int | None = None
+    is_streamed: bool = False
 
     def parser(self) -> ToolParser | None:
         """Of one choice."""
         if self.format is None or not self.tools:
             return None
-        return self.format.parser(self.tools, constrained=self.is_constrained)
+        return self.format.parser(self.tools, constrained=self.is_constrained, grows=self.is_streamed)
 
 
 def chat_plan(
@@ -87,6 +89,7 @@ def chat_plan(
         () if choice == "none" else tools,
         forced is not None,
         1 if body.parallel_tool_calls is False else None,
+        bool(body.stream),
     )
 
 

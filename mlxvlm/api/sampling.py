@@ -92,7 +92,8 @@ class SamplingFields(Body):
         None,
         gt=0,
         le=MAX_TIMEOUT_S,
-        description="Extension. Seconds after which the answer ends with what there is (finish_reason `length`).",
+        description="Extension. Seconds after which the answer ends with what there is (finish_reason `length`), "
+        "and where there is nothing yet with status 504.",
     )
     return_token_ids: bool | None = Field(
         None, description="Extension. Adds `prompt_token_ids` to the answer and `token_ids` to each choice."

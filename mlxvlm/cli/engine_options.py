@@ -40,7 +40,7 @@ def _add_context_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("keys and values of the context")
     group.add_argument("--kv-bits", type=int, choices=(8, 4), help="hold them in 8 or 4 bits (default: unquantised)")
     group.add_argument(
-        "--kv-group-size", type=int, default=64, metavar="N", help="of --kv-bits: 32, 64 or 128 (default: %(default)s)"
+        "--kv-group-size", type=int, default=64, metavar="N", help="of --kv-bits: 32, 64 or 128 (default: 64)"
     )
     group.add_argument(
         "--context-shift", action="store_true", help="go on when the context is full, without the older half of it"

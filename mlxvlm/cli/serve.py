@@ -82,6 +82,7 @@ def add_parser(commands: Any) -> None:
     )
     add_tool_options(parser)
     # None and False stand for what is not given: the defaults come after the file.
+    parser.set_defaults(kv_group_size=None)
     parser.set_defaults(unset=vars(parser.parse_args([])), parser=parser, execute=execute)
 
 
@@ -180,17 +181,13 @@ def _run(settings: ServerSettings, specs: list[ModelSpec], mcp: Sequence[BoundTo
 
 def merged(args: argparse.Namespace) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """All flags, and the tables of models. Raises UsageError."""
-    given = _given(args)
+    given = {name: value for name, value in vars(args).items() if name in args.unset and value != args.unset[name]}
     file, tables = _read(given.get("config"), args.parser, args.unset)
     if "model" in given:
         tables = {}
-    if given.get("api_key") is None and "api_key" not in file:
+    if given.get("api_key") is None and file.get("api_key") is None:
         file["api_key"] = os.environ.get(API_KEY_VARIABLE) or None
     return {**args.unset, **file, **given}, tables
-
-
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name in args.unset and value != args.unset[name]}
 
 
 def _read(
@@ -216,10 +213,13 @@ def _read(
 
 
 def _flags(table: Mapping[str, Any], parser: argparse.ArgumentParser, known: Any, place: str) -> dict[str, Any]:
-    for key in table:
-        if key.replace("-", "_") not in known:
-            raise UsageError(f"--config {place}: there is no flag --{key.replace('_', '-')} to set")
-    return _given(parser.parse_args([word for key, value in table.items() for word in _words(key, value, place)]))
+    """Of the table's keys, also those that say what is the default: a model's own wins over what holds for all."""
+    names = [key.replace("-", "_") for key in table]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--config {place}: there is no flag --{name.replace('_', '-')} to set")
+    read = parser.parse_args([word for key, value in table.items() for word in _words(key, value, place)])
+    return {name: getattr(read, name) for name in names}
 
 
 def _words(key: str, value: Any, place: str) -> Iterator[str]:
@@ -256,7 +256,7 @@ def specs_of(
 ) -> list[ModelSpec]:
     """The models in order. Raises UsageError."""
     for name, table in tables.items():
-        if len(table.get("model", ())) != 1:
+        if len(table.get("model") or ()) != 1:
             raise UsageError(f"[models.{name}] needs one `model`")
     if tables:
         return [

@@ -42,6 +42,7 @@ from mlxvlm.processors.base import Processor, Prompt
 
 Command: TypeAlias = Callable[[], None]
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
+_CLOSED = "the engine was closed"
 _LONGEST_SLEEP_S = 3600.0  # for a command; much more is too much for the system's clock
 Build: TypeAlias = Callable[[Progress], VisionLanguageModel]
 
@@ -68,6 +69,7 @@ class Engine(Asking):
         self._lock = threading.Lock()  # around what is open, and whether more may be
         self._all_ended = threading.Condition(self._lock)
         self._refusing = False
+        self._why_closed = _CLOSED
         self._next_deadline = math.inf
         self._counts = Counts()
         self._closing = threading.Event()
@@ -99,7 +101,7 @@ class Engine(Asking):
         number = sequence.id
         with self._lock:
             if self._refusing:
-                raise EngineClosedError("the engine is closed")
+                raise EngineClosedError(self._why_closed)
             if len(self._open) - self._scheduler.num_running >= self.config.max_queue:
                 raise OverloadedError(f"{self.config.max_queue} requests are waiting, which is the limit: try again")
             self._open[sequence.id] = sequence
@@ -132,13 +134,15 @@ class Engine(Asking):
             encoded_images=0 if runner is None else runner.encoded_images,
         )
 
-    def close(self, drain_s: float | None = None) -> None:
+    def close(self, drain_s: float | None = None, why: str = _CLOSED) -> None:
         """Takes no more requests, gives those that run `drain_s` seconds, ends the rest with EngineClosedError.
 
-        Returns when memory is free and no thread is left; a picture that is being fetched is waited for.
+        why: that error's message. Returns when memory is free and no thread is left; a picture that is being fetched
+        is waited for.
         """
         with self._lock:
-            self._refusing = True
+            if not self._refusing:
+                self._refusing, self._why_closed = True, why
             if drain_s is not None:
                 self._all_ended.wait_for(lambda: not self._open, drain_s)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -217,7 +221,7 @@ class Engine(Asking):
         with self._lock:
             self._refusing = True
             self._closing.set()
-        self._fail(self._all_open(), EngineClosedError("the engine was closed"))
+        self._fail(self._all_open(), EngineClosedError(self._why_closed))
         self.__dict__.pop("_decoding", None)
         runner: ModelRunner | None = self.__dict__.pop("_runner", None)
         if runner is not None:
@@ -285,7 +289,7 @@ class Engine(Asking):
 
     def _begin(self, sequence: Sequence, future: Future[Prompt]) -> None:
         if future.cancelled():
-            raise EngineClosedError("the engine was closed")
+            raise EngineClosedError(self._why_closed)
         prompt = future.result()
         config = self.config
         admission.check(prompt, self.processor.image_token_id, self._vocab_size, config.max_context)

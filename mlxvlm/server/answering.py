@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Protocol, TypeAlias, cast
 
 from mlxvlm.engine.request import Delta, Request
-from mlxvlm.errors import MlxvlmError
+from mlxvlm.errors import AnswerTimeoutError, MlxvlmError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,12 @@ Arrived: TypeAlias = list[tuple[int, Delta]]
 Counted: TypeAlias = Callable[[Deltas], AsyncGenerator[Delta, None]]
 
 
+_TOO_LATE = (
+    "the request's time was over before there was a token of an answer: give it more with timeout, the server with "
+    "--request-timeout, or ask when less runs"
+)
+
+
 def _deltas(stream: Deltas) -> AsyncGenerator[Delta, None]:
     return cast("AsyncGenerator[Delta, None]", aiter(stream))
 
@@ -59,7 +65,8 @@ def _deltas(stream: Deltas) -> AsyncGenerator[Delta, None]:
 class Answering:
     """All choices of one request at once, from `async with` to its end; what still runs then is cancelled.
 
-    Raises what submitting raises, TimeoutError at the end of the block when the reader was cut off.
+    Raises what submitting raises, TimeoutError at the end of the block when the reader was cut off. Where the request's
+    own time ends before any token, that is an AnswerTimeoutError; later it only ends the answer.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Answering:
         self._arrived: deque[tuple[int, Delta | MlxvlmError]] = deque()
         self._something = asyncio.Event()
         self._unprepared = self._unfinished = len(requests)
+        self._has_tokens = False
         self._scope = asyncio.timeout(None)
 
     async def __aenter__(self) -> Answering:
@@ -151,13 +159,26 @@ class Answering:
     async def _pump(self, index: int, stream: Deltas) -> None:
         try:
             await stream.prepared()
-            self._unprepared -= 1
-            self._something.set()
+            has_prompt = stream.prompt_token_ids is not None
+            if has_prompt:
+                self._tell_prepared()
             async with aclosing(self._counted(stream)) as deltas:
                 async for delta in deltas:
-                    self._put(index, delta)
+                    self._put(index, self._checked(delta))
+            if not has_prompt:  # it ended before: why comes first
+                self._tell_prepared()
         except MlxvlmError as error:
             self._put(index, error)
+
+    def _tell_prepared(self) -> None:
+        self._unprepared -= 1
+        self._something.set()
+
+    def _checked(self, delta: Delta) -> Delta:
+        self._has_tokens = self._has_tokens or bool(delta.token_ids)
+        if delta.finish_reason == "timeout" and not self._has_tokens:
+            raise AnswerTimeoutError(_TOO_LATE)
+        return delta
 
     def _put(self, index: int, item: Delta | MlxvlmError) -> None:
         self._arrived.append((index, item))

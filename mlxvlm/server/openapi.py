@@ -43,6 +43,7 @@ _BODY_REFUSALS = {
     "500": "The server has made a mistake.",
     "503": "The server is starting or ending.",
 }
+_TOO_LATE = {"504": "The request's own time was over before there was anything of an answer."}
 _EVENTS = "Server-sent events: each `data:` is one of these as JSON, or an error; `data: [DONE]` is the last."
 
 
@@ -153,6 +154,7 @@ def _operation(each: Operation, known: dict[Any, Any], *, has_key: bool) -> dict
     if each.request is not None:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": known[each.request]}}}
     refusals = _REFUSALS | (_BODY_REFUSALS if each.method == "post" or each.parameters else {})
+    refusals |= _TOO_LATE if each.event is not None else {}
     error = {"application/json": {"schema": known[_error(each)]}}
     found["responses"] |= {status: {"description": why, "content": error} for status, why in refusals.items()}
     if each.response is Health:

@@ -12,6 +12,10 @@ from mlxvlm.api.anthropic.answers import error_of
 Headers = Iterable[tuple[bytes, bytes]]
 _ANTHROPICS = "/v1/messages"
 
+# What a request is told that is cut off, or comes too late.
+SHUTTING_DOWN = "the server is shutting down"
+UNLOADED = "the model was unloaded before the answer was done: ask again"
+
 
 def is_anthropics(path: str) -> bool:
     """Whether an endpoint speaks as Anthropic's do."""

@@ -21,6 +21,7 @@ from mlxvlm.checkpoint.load import LoadOptions
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.stats import EngineStats
 from mlxvlm.errors import EngineClosedError, MlxvlmError, OverloadedError, UnknownModelError, UsageError
+from mlxvlm.server.refusals import SHUTTING_DOWN, UNLOADED
 
 DEFAULT = "default"  # the first model's other name
 _SHOWN_CHARS = 100  # of a name that is unknown
@@ -252,7 +253,7 @@ class Registry:
         engines = [slot.engine for slot in self._slots if slot.engine is not None]
         for slot in self._slots:
             slot.engine = None
-        await asyncio.gather(*(asyncio.to_thread(engine.close, self._drain_s) for engine in engines))
+        await asyncio.gather(*(asyncio.to_thread(engine.close, self._drain_s, SHUTTING_DOWN) for engine in engines))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _slot(self, name: str | None) -> _Slot:
@@ -355,10 +356,9 @@ class Registry:
 
     async def _unload(self, slot: _Slot) -> None:
         """Inside of _changing. Requests that still run get EngineClosedError."""
-        engine, slot.engine = slot.engine, None
-        slot.done = (0, 0)
+        engine, slot.engine, slot.done = slot.engine, None, (0, 0)
         if engine is not None:
-            await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(engine.close, why=SHUTTING_DOWN if self._closed else UNLOADED)
 
     async def _reap(self, idle_s: float) -> None:
         while True:
@@ -375,7 +375,7 @@ class Registry:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineClosedError("the server is shutting down")
+            raise EngineClosedError(SHUTTING_DOWN)
 
 
 def _loaded(slot: _Slot, task: asyncio.Task[None]) -> None:

@@ -14,7 +14,7 @@ from starlette.types import Send
 from mlxvlm.api.answers import Error, ErrorBody
 from mlxvlm.api.anthropic.answers import error_of
 from mlxvlm.api.base import MAX_PATH_CHARS
-from mlxvlm.errors import InternalError, MlxvlmError, ModelError
+from mlxvlm.errors import AnswerTimeoutError, InternalError, MlxvlmError, ModelError
 from mlxvlm.server.refusals import is_anthropics
 
 _log = logging.getLogger(__name__)
@@ -60,13 +60,20 @@ async def error_reply(request: Request, error: Exception) -> Response:
         error = HTTPException(status, _of_route(request, error), headers)
     else:
         status = error.http_status if isinstance(error, MlxvlmError) else HTTPStatus.INTERNAL_SERVER_ERROR
-        retry_after_s = getattr(error, "retry_after_s", None)
-        headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+        headers = _retrying(error)
     log_failure(error)
     body: BaseModel = error_body(error)
     if is_anthropics(request.url.path):
         body = error_of(status, error_body(error).error.message)
     return json_reply(body, status, headers)
+
+
+def _retrying(error: Exception) -> dict[str, str]:
+    """When to ask again. Left alone, the clients ask thrice for what the same limit would end again."""
+    if isinstance(error, AnswerTimeoutError):
+        return {"X-Should-Retry": "false"}  # source: `_should_retry` of the `openai` and `anthropic` packages
+    retry_after_s = getattr(error, "retry_after_s", None)
+    return {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
 
 
 def _of_route(request: Request, error: HTTPException) -> str:

@@ -16,6 +16,7 @@ from starlette.responses import Response as HTTPResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from mlxvlm.agent.reader import is_json
 from mlxvlm.api.base import parse
 from mlxvlm.api.messages import ChatMessage
 from mlxvlm.api.naming import named
@@ -90,8 +91,10 @@ class _Asked:
         for item in response.output:
             if isinstance(item, OutputMessage):
                 turns.answer("".join(part.text for part in item.content))
-            else:
+            elif is_json(item.arguments):
                 turns.call(item.call_id, item.name, item.arguments)
+            else:  # it was cut off while it was streamed: no template takes half a call, and nobody can answer it
+                turns.answer(f"{item.name} {item.arguments}")
         names = {source: picture_name(data) for source, data in self.seen.pictures.items()}
         pictures = {names[source]: data for source, data in self.seen.pictures.items()}
         return Kept(response, items, with_sources(turns.messages(), names), pictures)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxvlm.errors import EngineClosedError, UsageError
-from mlxvlm.server.refusals import error_body, send_error
+from mlxvlm.server.refusals import SHUTTING_DOWN, error_body, send_error
 from mlxvlm.server.registry import Registry
 from mlxvlm.server.settings import ServerSettings
 
@@ -140,7 +140,7 @@ def _answering_to_the_end(app: ASGIApp) -> ASGIApp:
             if scope["type"] != "http":
                 raise
             if not started:
-                await send_error(send, 503, "the server is shutting down")
+                await send_error(send, 503, SHUTTING_DOWN)
 
     return answer
 

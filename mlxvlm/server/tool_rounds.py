@@ -81,7 +81,7 @@ class Offered:
         assert plan.format is not None
         search = self._search()  # sources are numbered anew for each choice
         bound = tuple(each for name, each in self._bound(search).items() if name in names)
-        offer = Offer(plan.format, plan.tools, bound, is_parallel=plan.max_calls is None)
+        offer = Offer(plan.format, plan.tools, bound, plan.max_calls is None, plan.is_streamed)
         return Rounds(request, offer, max_rounds=self.server.max_rounds, search=search)
 
     def _search(self) -> WebSearch | None:

@@ -51,8 +51,8 @@ def whole(pieces: Sequence[Piece]) -> list[str | Found]:
     return found
 
 
-def read(name: str, text: str, *, constrained: bool = False) -> list[str | Found]:
-    return parsed(FORMATS[name].parser(TOOLS, constrained=constrained), [text])
+def read(name: str, text: str, *, constrained: bool = False, grows: bool = True) -> list[str | Found]:
+    return parsed(FORMATS[name].parser(TOOLS, constrained=constrained, grows=grows), [text])
 
 
 F = ("f", "{}")
@@ -182,6 +182,10 @@ def test_under_a_grammar_a_cut_answer_gives_what_there_is(cut: int) -> None:
         assert found == [text.rstrip()] or found == [text]
     else:
         assert found == [("f", text[begun : text.find("}}") + 1 or None])]
+    if "]}" not in text:
+        assert read("hermes", text, constrained=True, grows=False) in ([text], [text.rstrip()]), "no call is broken"
+    else:
+        assert read("hermes", text, constrained=True, grows=False) == found
 
 
 # Properties.
@@ -246,16 +250,19 @@ def squeezed(text: str) -> str:
 
 
 @example("llama", ['{"name": "f"}'], [], True)
-@given(st.sampled_from(sorted(FORMATS)), GARBAGE, st.lists(st.integers(0, 200)), st.booleans())
-def test_garbage_is_kept_however_it_is_cut(name: str, words: list[str], places: list[int], constrained: bool) -> None:
+@example("hermes", ["<tool_call>", '{"name": "f"', ",", '"arguments": ', "{"], [], False)
+@given(st.sampled_from(sorted(FORMATS)), GARBAGE, st.lists(st.integers(0, 200)), st.sampled_from([None, False, True]))
+def test_garbage_is_kept_however_it_is_cut(name: str, words: list[str], places: list[int], grows: bool | None) -> None:
+    """grows: of calls under a grammar; None: without one."""
     text = "".join(words)
-    parser = FORMATS[name].parser(TOOLS, constrained=constrained)
+    kind = {"constrained": grows is not None, "grows": bool(grows)}
+    parser = FORMATS[name].parser(TOOLS, **kind)
     found = parsed(parser, cut(text, places))
-    assert found == read(name, text, constrained=constrained)
+    assert found == read(name, text, **kind)
     calls = [piece for piece in found if isinstance(piece, tuple)]
     if not calls:
         assert "".join(map(str, found)) == text
-    if not constrained:
+    if not grows:
         assert all(is_json(arguments) and arguments.startswith("{") for _, arguments in calls)
     # What is text is in the answer, in order.
     rest = squeezed(text)
@@ -265,15 +272,21 @@ def test_garbage_is_kept_however_it_is_cut(name: str, words: list[str], places: 
             rest = rest[rest.index(squeezed(piece)) + len(squeezed(piece)) :]
 
 
-@given(st.sampled_from(sorted(FORMATS)), CALLS, st.booleans(), st.booleans(), st.sampled_from(["", "Well,"]))
+@given(
+    st.sampled_from(sorted(FORMATS)),
+    CALLS,
+    st.booleans(),
+    st.sampled_from([None, False, True]),
+    st.sampled_from(["", "Well,"]),
+)
 def test_what_is_spelt_is_read(
-    name: str, calls: list[tuple[str, dict[str, Any]]], ascii: bool, constrained: bool, before: str
+    name: str, calls: list[tuple[str, dict[str, Any]]], ascii: bool, grows: bool | None, before: str
 ) -> None:
     style = FORMATS[name].style
     spelt = style.render([(tool, json.dumps(arguments, ensure_ascii=ascii)) for tool, arguments in calls])
     text = f"{before}\n{spelt}" if before else spelt
     for pieces in ([text], list(text)):
-        found = parsed(FORMATS[name].parser(TOOLS, constrained=constrained), pieces)
+        found = parsed(FORMATS[name].parser(TOOLS, constrained=grows is not None, grows=bool(grows)), pieces)
         expected: list[Any] = [before, *calls] if before else list(calls)
         assert [one if isinstance(one, str) else (one[0], json.loads(one[1])) for one in found] == expected
 

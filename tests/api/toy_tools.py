@@ -66,5 +66,5 @@ class ToyFormat:
         names = choice.name if isinstance(choice, NamedTool) else "|".join(tool.name for tool in tools)
         return Grammar("regex", rf"(<({names}):\{{\}}>){'+' if parallel else ''}")
 
-    def parser(self, tools: Sequence[Tool], *, constrained: bool = False) -> ToyParser:
+    def parser(self, tools: Sequence[Tool], *, constrained: bool = False, grows: bool = True) -> ToyParser:
         return ToyParser()

@@ -21,7 +21,7 @@ from mlxvlm.errors import UsageError
 from mlxvlm.server.registry import ModelSpec
 from mlxvlm.server.settings import ServerSettings
 
-ENGINE = {"kv_group_size": 64, "context_shift": False}  # what is always told
+ENGINE = {"context_shift": False}  # what is always told
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -192,6 +192,33 @@ def test_the_command_line_wins(tmp_path: Path, first: bool) -> None:
     assert (spec.name, spec.options.isq) == ("other", "4")
 
 
+def test_a_model_has_its_own_also_where_that_is_the_default(tmp_path: Path) -> None:
+    text = """
+    no-speculation = true
+    context-shift = true
+    kv-group-size = 32
+    dtype = "bfloat16"
+    served-name = ["one"]
+    [models.a]
+    model = "demo"
+    no-speculation = false
+    context_shift = false
+    kv-group-size = 64
+    dtype = "auto"
+    [models.b]
+    model = "demo"
+    """
+    _, specs = read("--config", config(tmp_path, text))
+    assert [spec.options.dtype for spec in specs] == ["auto", "bfloat16"]
+    shifts = {"kv_group_size": 32, "context_shift": True, "speculation": "off"}
+    assert [spec.limits for spec in specs] == [{"kv_group_size": 64, "context_shift": False}, shifts]
+
+
+def test_the_command_line_wins_also_with_a_default(tmp_path: Path) -> None:
+    _, [spec] = read("-m", "demo", "--kv-group-size", "64", "--config", config(tmp_path, "kv-group-size = 32"))
+    assert spec.limits["kv_group_size"] == 64
+
+
 def test_one_model_in_a_file(tmp_path: Path) -> None:
     _, specs = read("--config", config(tmp_path, 'model = ["demo", "b=org/b"]\nserved_name = "x"'))
     assert [(spec.name, spec.model) for spec in specs] == [("x", "demo"), ("b", "org/b")]
@@ -207,6 +234,7 @@ def test_one_model_in_a_file(tmp_path: Path) -> None:
         ("[models.a]\nmodel = 'demo'\nport = 1", "[models.a]: there is no flag --port"),
         ("[models.a]\nisq = 4", "[models.a] needs one `model`"),
         ("[models.a]\nmodel = ['x', 'y']", "[models.a] needs one `model`"),
+        ("[models.a]\nmodel = []", "[models.a] needs one `model`"),
         ("model = 'demo'\n[models.a]\nmodel = 'demo'", "has both"),
         ("models = 3", "models are tables"),
         ("port = 1979-05-27", "port can't be a date"),

@@ -141,7 +141,7 @@ def test_a_timeout_that_means_nothing_is_refused(timeout_s: Any) -> None:
 def test_closing(phase: str, drain_s: float | None) -> None:
     stage = Stage(phase)
     stream = stage.submit()
-    closers = [threading.Thread(target=stage.engine.close, args=(drain_s,)) for _ in range(2)]
+    closers = [threading.Thread(target=stage.engine.close, args=(drain_s, "it is late")) for _ in range(2)]
     for closer in closers:
         closer.start()
     assert eventually(stage.engine._closing.is_set)
@@ -151,9 +151,9 @@ def test_closing(phase: str, drain_s: float | None) -> None:
     for closer in closers:
         closer.join(30)
     assert not our_threads()
-    with pytest.raises(EngineClosedError):
+    with pytest.raises(EngineClosedError, match="it is late"):
         stream.result()
-    with pytest.raises(EngineClosedError):
+    with pytest.raises(EngineClosedError, match="it is late"):
         stage.engine.submit(ask([1]))
     assert stage.engine._commands.empty()
     assert stage.engine.stats().running == 0

@@ -102,6 +102,24 @@ def test_tools_have_the_format_of_the_checkpoint(client: openai.OpenAI) -> None:
     assert json.loads(call.function.arguments) == {"at": "it"}  # type: ignore[union-attr]
 
 
+def test_a_call_that_is_cut_off_is_text_unless_it_was_streamed(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "messages": HELLO, "tools": [LOOK], "tool_choice": "required"}
+    seen = set()
+    for max_tokens in range(24, 40, 2):
+        [choice] = client.chat.completions.create(**fields, max_tokens=max_tokens).choices
+        calls = choice.message.tool_calls or []
+        assert choice.finish_reason == "length"
+        assert all(json.loads(call.function.arguments) == {"at": "it"} for call in calls)
+        chunks = [*client.chat.completions.create(**fields, max_tokens=max_tokens, stream=True)]
+        pieces = [call.function for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        told = "".join(piece.arguments for piece in pieces)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        if not calls and pieces:
+            assert (choice.message.content or "").endswith(told), "nothing of it is lost"
+        seen.add((bool(calls), bool(told)))
+    assert (False, True) in seen
+
+
 def test_the_page_and_whom_it_is_for(server: Whole) -> None:
     page = httpx2.get(f"{server.url}/", trust_env=False)
     assert page.status_code == 200
@@ -159,9 +177,10 @@ def test_requests_that_the_end_cuts_off_are_told(caplog: pytest.LogCaptureFixtur
             server.end()
             events = [line for line in pieces if line]
         waiting.join(20)
-    assert json.loads(events[-2].removeprefix("data: "))["error"]["type"] == "server_error"
+    error = json.loads(events[-2].removeprefix("data: "))["error"]
+    assert (error["type"], error["message"]) == ("server_error", "the server is shutting down")
     assert events[-1] == "data: [DONE]"
-    assert [reply.status_code for reply in replies] == [503]
+    assert [(reply.status_code, reply.json()["error"]["message"]) for reply in replies] == [(503, error["message"])]
     assert not [record for record in caplog.records if record.exc_info], "no tracebacks"
 
 

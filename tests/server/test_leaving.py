@@ -210,6 +210,48 @@ def test_an_error_of_a_prompt_that_took_long_is_an_event_too() -> None:
         assert b'"refused"' in data
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_time_that_ends_before_the_answer_begins_is_a_status(stream: bool) -> None:
+    engine = fake_engine()
+    engine.processor = held = HeldProcessor()
+    with served(engine) as url, client_of(url) as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.with_options(max_retries=2).chat.completions.create(
+                model="fake", stream=stream, **body_of(), extra_body={"timeout": 0.05}
+            )
+        held.opened.set()
+        assert (caught.value.status_code, caught.value.code) == (504, "timeout")
+        assert "--request-timeout" in caught.value.message
+        assert caught.value.response.request.headers["x-stainless-retry-count"] == "0", "it would end so again"
+        assert eventually(lambda: is_empty(engine))
+
+
+@pytest.mark.parametrize(("stream", "n"), [(True, 1), (False, 1), (False, 3)])
+def test_time_that_ends_before_the_first_token(stream: bool, n: int) -> None:
+    gate = Gate()
+    engine = fake_engine(FakeModel(on_call=gate))
+    with served(engine) as url, connected(url, body_of(stream=stream, n=n, timeout=0.2)) as connection:
+        assert gate.entered.wait(20)
+        if stream:
+            read_until(connection, b'"role"')
+        time.sleep(0.3)
+        gate.opened.set()
+        data = read_until(connection, b"[DONE]" if stream else b"}}")
+        assert b'"code":"timeout"' in data
+        assert (b"HTTP/1.1 504" in data) is not stream
+        assert eventually(lambda: is_empty(engine))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_time_that_ends_after_the_first_token_ends_the_answer(stream: bool) -> None:
+    engine = fake_engine(FakeModel(on_call=slow))
+    with served(engine) as url, connected(url, body_of(count=10**6, stream=stream, timeout=0.5)) as connection:
+        data = read_until(connection, b"[DONE]" if stream else b'"usage"')
+        assert b'"finish_reason":"length"' in data
+        assert b"HTTP/1.1 200" in data
+        assert b'"error"' not in data
+
+
 def test_too_many_requests_are_told_when_to_come_back() -> None:
     gate = Gate()
     engine = fake_engine(FakeModel(on_call=gate), max_rows=1, max_queue=2)

@@ -17,6 +17,7 @@ from mlxvlm.errors import (
 from mlxvlm.server.registry import ModelSpec, Registry
 from tests.fakes import answer, ask
 from tests.server.loaders import FakeLoader, run, states, until
+from tests.server.test_leaving import LONG
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
@@ -210,8 +211,11 @@ def test_unloading_waits_for_requests() -> None:
 def test_unloading_does_not_wait_for_ever() -> None:
     async def work(registry: Registry) -> None:
         async with registry.acquire("a") as held:
+            stream = held.engine.submit(ask([1], LONG))
             await registry.unload("a")
-            with pytest.raises(EngineClosedError):
+            with pytest.raises(EngineClosedError, match="the model was unloaded"):
+                await asyncio.to_thread(stream.result)
+            with pytest.raises(EngineClosedError, match="the model was unloaded"):
                 held.engine.submit(ask([1]))
         await registry.load("a")
 

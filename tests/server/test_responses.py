@@ -15,6 +15,7 @@ import pydantic
 import pytest
 
 from mlxvlm.agent.formats import tool_format
+from mlxvlm.agent.reader import is_json
 from mlxvlm.engine.engine import Engine
 from mlxvlm.server import responses
 from mlxvlm.server.answering import Patience
@@ -118,7 +119,6 @@ def test_instructions_and_items_are_a_chat(client: openai.OpenAI) -> None:
         {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_output_tokens": 8},
         {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
         {"tools": [TOOL], "tool_choice": {"type": "function", "name": "paint"}},
-        {"tools": [TOOL], "tool_choice": {"type": "function", "name": "paint"}, "max_output_tokens": 9},
         {"extra_body": {"stop": ["picture"]}, "metadata": {"a": "b"}, "user": "me"},
         {"text": {"format": {"type": "json_object"}}, "max_output_tokens": 20},
     ],
@@ -182,6 +182,23 @@ def test_what_is_cut_off_is_incomplete(client: openai.OpenAI) -> None:
     response = ask(client, max_output_tokens=3)
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert (response.output[0].status, response.completed_at) == ("incomplete", None)
+
+
+def test_a_call_that_is_cut_off_is_text_unless_it_was_streamed(client: openai.OpenAI) -> None:
+    fields: Any = {"tools": [TOOL], "tool_choice": {"type": "function", "name": "paint"}, "max_output_tokens": 36}
+    whole = ask(client, **fields)
+    assert [item.type for item in whole.output] == ["message"]
+    assert (whole.status, '"name": "paint"' in whole.output_text) == ("incomplete", True)
+    *_, last = ask(client, stream=True, **fields)
+    (call,) = last.response.output
+    assert (last.type, call.type, call.status) == ("response.incomplete", "function_call", "incomplete")
+    assert whole.output_text.endswith(call.arguments), "nothing of it is lost"
+    assert not is_json(call.arguments)
+    for kept in (whole, last.response):
+        ask(client, "Go on.", previous_response_id=kept.id, tools=[TOOL], max_output_tokens=4)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Done."}
+    with pytest.raises(openai.BadRequestError, match="names a call that nothing before it makes"):
+        ask(client, [result], previous_response_id=last.response.id)
 
 
 def test_the_clients_parse(client: openai.OpenAI) -> None:

@@ -362,6 +362,7 @@ def test_the_demo_model_is_held_to_a_search(demo_engine: Engine) -> None:
         completion = ask(client, tool_choice=named, temperature=1.0, seed=1, **bias)
     choice = completion.choices[0]
     assert choice.message.tool_calls is None
-    assert "tool_call" not in choice.message.content
-    assert asked or choice.finish_reason == "length", "a weak model may never end its query"
+    # A weak model may never end its query, and what is cut off stays text.
+    is_cut = choice.finish_reason == "length" and "search_the_web" in choice.message.content
+    assert is_cut is not bool(asked)
     assert eventually(lambda: is_empty(demo_engine))
