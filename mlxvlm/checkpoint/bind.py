@@ -94,7 +94,7 @@ def streamed(
     stacks = Stacks(model.sanitize, files, weights) if plan.specs else None
     weights.clear()
     _quantize(model, plan)
-    dtypes = {name: _bound_dtype(name, named, dtype) for name in expected}
+    dtypes = {name: bound_dtype(name, named, dtype) for name in expected}
     # Bytes of the full tensors, also where they are quantised: reading and quantising them is the work.
     sizes = {name: expected_bytes(named[name], dtypes[name]) for name in expected}
     total, done = sum(sizes.values()), 0
@@ -179,7 +179,7 @@ def _kind(array: mx.array) -> str:
     return "float" if array.dtype in DTYPES.values() else str(array.dtype).removeprefix("mlx.core.")
 
 
-def _bound_dtype(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.Dtype:
+def bound_dtype(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.Dtype:
     """`dtype`, but for integers, and the parts of re-packed modules that it would round."""
     if weights[name].dtype not in DTYPES.values():
         # Packed weights and the scales of the float modes.

@@ -52,7 +52,7 @@ def build(source: ModelSource, options: LoadOptions, progress: Progress) -> Visi
         for line in conversion.notes():
             log.warning("%s: %s", source.name, line)
         rest = AS_IT_IS if conversion.num_shrunk else recipe
-        bind(model, conversion.weights, _dtype_of(options, conversion), progress, rest)
+        bind(model, conversion.weights, dtype_of(options.dtype, conversion), progress, rest)
         return model
     weights = read_weights(source.folder)
     if recipe == AS_IT_IS:
@@ -90,10 +90,10 @@ def _shrink_of(source: ModelSource, options: LoadOptions, recipe: Recipe) -> Shr
     return shrink
 
 
-def _dtype_of(options: LoadOptions, conversion: Conversion) -> str:
-    """`auto` on a GPU: what the file's makers computed in. Of all its tensors only norms may tell, in float32."""
-    if options.dtype != "auto" or conversion.dtype is None or mx.default_device().type == mx.DeviceType.cpu:
-        return options.dtype
+def dtype_of(name: str, conversion: Conversion) -> str:
+    """`auto` on a GPU is what the file's makers computed in. Of all its tensors only norms may tell, in float32."""
+    if name != "auto" or conversion.dtype is None or mx.default_device().type == mx.DeviceType.cpu:
+        return name
     return next(name for name, dtype in DTYPES.items() if dtype == conversion.dtype)
 
 

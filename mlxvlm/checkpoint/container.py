@@ -147,6 +147,11 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         return self._read(name, self._entries[name])
 
+    def outline(self, name: str) -> Tensor:
+        """Its type and shape, with zeros that take no room: nothing is read."""
+        entry = self._entries[name]
+        return Tensor(entry.dtype, entry.shape, np.broadcast_to(np.uint8(0), (entry.end - entry.start,)))
+
     def read_slice(self, name: str, index: int) -> Tensor:
         """[1, ...]: one entry of the first axis, without reading the others."""
         entry = self._entries[name]

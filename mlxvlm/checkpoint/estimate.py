@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.checkpoint.bind import choose_dtype, expected_bytes, fit
+from mlxvlm.checkpoint.bind import bound_dtype, choose_dtype, expected_bytes, fit
+from mlxvlm.checkpoint.build import dtype_of
+from mlxvlm.checkpoint.conversion import Conversion
 from mlxvlm.checkpoint.hub import is_on_disk, resolve
 from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe, make_plan
-from mlxvlm.checkpoint.load import is_packed
+from mlxvlm.checkpoint.load import GGUF, REQUANTIZE, UQFF, is_packed
 from mlxvlm.checkpoint.packed import QuantSpec
+from mlxvlm.checkpoint.recipe import parse_type
+from mlxvlm.checkpoint.uqff import outline
+from mlxvlm.checkpoint.uqff_files import RESIDUAL
+from mlxvlm.checkpoint.uqff_files import find as find_uqff
 from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
 from mlxvlm.families import NONSENSE, family_of, senseless
@@ -53,23 +59,82 @@ class MemoryNeed:
     is_local: bool
     num_tensors: int
     misfit: str  # what is wrong with names or shapes, "" where the checkpoint is the model's
-    left: Sequence[str] = ()  # what in-situ quantisation can't take, see isq.Plan
+    left: Sequence[str]  # what in-situ quantisation can't take, see isq.Plan
+    kv_specs: Sequence[KVSpec]
+    dtype: mx.Dtype  # what is computed in
 
 
-def memory_need(model: str, revision: str | None = None, dtype: str = "auto", recipe: Recipe = AS_IT_IS) -> MemoryNeed:
-    """Of a folder from its files' headers, of a repository from the hub's, without fetching the weights."""
-    about = "GGUF and UQFF files need about their own size in memory, a third more at most: doctor does not read them"
-    if is_packed(Path(model)):
-        raise ModelError(f"{model}: {about}")
+def memory_need(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    recipe: Recipe = AS_IT_IS,
+    mmproj: Path | None = None,
+    from_uqff: str | None = None,
+    requantize: str = REQUANTIZE,
+) -> MemoryNeed:
+    """Of files from their headers, of a repository from the hub's, without fetching the weights.
+
+    mmproj, from_uqff, requantize: as for loading; GGUF and UQFF files must be here. Raises ModelError and its kinds,
+    UsageError.
+    """
+    spec = None if requantize.lower() == "none" else parse_type(requantize)
+    path = Path(model).expanduser()
+    if mmproj is not None or (path.suffix.lower() == GGUF and not path.is_dir()):
+        return _gguf_need(path, mmproj, dtype, recipe, spec)
     folder = resolve(model, revision, weights=False)
-    if is_packed(folder):
-        raise ModelError(f"{model}: {about}")
+    if from_uqff is None and is_packed(folder):
+        if any(folder.glob(f"*{GGUF}")):
+            return _gguf_need(folder, None, dtype, recipe, spec)
+        from_uqff = str(folder)
     config = read_json(folder / "config.json")
     if not config:
         raise ModelNotFoundError(f"{folder} is no model: it has no config.json")
+    name = str(folder / "config.json")
+    if from_uqff is not None:
+        files = _uqff_files(from_uqff, folder, model)
+        conversion = outline(files, folder, spec)
+        need = need_of(config, conversion.weights, dtype_of(dtype, conversion), recipe, name=name)
+        return replace(need, disk_bytes=sum(file.stat().st_size for file in [*files, *_rest(files, folder)]))
     is_local = is_on_disk(model) or _has_weights(folder)
     weights = read_weights(folder) if is_local else _hub_weights(model, revision)
-    return need_of(config, weights, dtype, recipe, is_local=is_local, name=str(folder / "config.json"))
+    return need_of(config, weights, dtype, recipe, is_local=is_local, name=name)
+
+
+def _gguf_need(path: Path, mmproj: Path | None, dtype: str, recipe: Recipe, spec: QuantSpec | None) -> MemoryNeed:
+    from mlxvlm.checkpoint.llama_cpp.load import find, open_gguf
+    from mlxvlm.checkpoint.outline import add_gguf
+
+    if path.is_dir():
+        path, found = find(path)
+        mmproj = mmproj or found
+    model = open_gguf(path, mmproj)
+    conversion = Conversion(spec)
+    stored = add_gguf(conversion, model, spec)
+    need = need_of(model.config, conversion.weights, dtype_of(dtype, conversion), recipe, name=str(path))
+    return replace(need, disk_bytes=stored)
+
+
+def _uqff_files(name: str, folder: Path, model: str) -> list[Path]:
+    """As loading finds them, but nothing is fetched."""
+    repository, _, file = name.rpartition("/")
+    if file.endswith(UQFF) and repository.count("/") == 1 and not Path(name).expanduser().exists():
+        name = str(resolve(repository, weights=False) / file)
+    try:
+        return find_uqff(name, str(folder))
+    except ModelNotFoundError as error:
+        if is_on_disk(model):
+            raise
+        fetch = f"mlxvlm pull {model} --from-uqff {name}"
+        raise ModelNotFoundError(
+            f"the headers of {name} are not on this machine: `{fetch}` fetches the files"
+        ) from error
+
+
+def _rest(files: Sequence[Path], folder: Path) -> list[Path]:
+    """What holds the tensors that are not in UQFF files."""
+    residual = [place / RESIDUAL for place in (folder, files[0].parent) if (place / RESIDUAL).is_file()]
+    return residual[:1] or list(folder.glob("model*.safetensors"))
 
 
 def need_of(
@@ -89,8 +154,9 @@ def need_of(
     # A stack of experts is read one expert at a time where it is quantised.
     pieces = [array.nbytes // array.shape[0] if array.ndim == 3 else array.nbytes for array in weights.values()]
     named = built.sanitize(dict(weights))
+    problem = misfit(built, named)  # makes modules what the tensors are: what is quantised stays so
     plan = make_plan(built, recipe)
-    size = sum(_bound_bytes(name, array, target, plan.specs) for name, array in named.items())
+    size = sum(_bound_bytes(name, named, target, plan.specs) for name in named)
     specs: list[KVSpec] = built.kv_specs
     try:
         context = context_length(config)
@@ -105,16 +171,19 @@ def need_of(
         max_context=context,
         is_local=is_local,
         num_tensors=len(named),
-        misfit=misfit(built, named),
+        misfit=problem,
         left=plan.left,
+        kv_specs=specs,
+        dtype=target,
     )
 
 
-def _bound_bytes(name: str, array: mx.array, dtype: mx.Dtype, specs: Mapping[str, QuantSpec]) -> int:
+def _bound_bytes(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype, specs: Mapping[str, QuantSpec]) -> int:
     """Of a tensor once it is bound, its scales and biases included where it is quantised on the way."""
+    array = weights[name]
     spec = specs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
     if spec is None:
-        return expected_bytes(array, dtype)
+        return expected_bytes(array, bound_dtype(name, weights, dtype))
     # The float modes have one byte for each group, affine groups a scale and a bias.
     per_group = 2 * dtype.size if spec.mode == "affine" else 1
     return int(array.size * spec.bits // 8 + array.size // spec.group_size * per_group)

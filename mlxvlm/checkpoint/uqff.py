@@ -7,9 +7,10 @@ Versions 1.0 to 1.2 are read here, the unnamed layers of 0.1 and 0.2 in uqff_leg
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
@@ -19,15 +20,18 @@ from mlxvlm.checkpoint.conversion import REQUANTIZED, Conversion
 from mlxvlm.checkpoint.hub import INDEX
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.uqff_files import RESIDUAL
-from mlxvlm.checkpoint.uqff_layers import add, named
+from mlxvlm.checkpoint.uqff_layers import Parts, add, named
 from mlxvlm.checkpoint.uqff_legacy import LegacyLayers
 from mlxvlm.checkpoint.weights import read_file, read_weights
 from mlxvlm.errors import ModelError, UnsupportedModelError, WeightsError
 from mlxvlm.families import family_of
 from mlxvlm.processors.files import read_json
 
+Add: TypeAlias = Callable[[Conversion, str, Parts], None]
+
 VERSION = (1, 2)
 _VERSION_NAMES = tuple(f"uqff.version.{part}" for part in ("major", "minor", "patch"))
+_LARGE = ("", "scales", "biases", "zeros", "bias")  # parts of a layer; the others are a few numbers
 _PART = re.compile(r"(?P<layer>.+)\.(?:weight(?:\.(?P<part>\w+))?|(?P<bias>bias))")
 
 
@@ -49,9 +53,7 @@ def read(
     shards = _Shards(files)
     config = read_json(folder / "config.json")
     conversion = Conversion(requantize, progress, sum(path.stat().st_size for path in files))
-    conversion.weights.update(_rest(files, folder, base))
-    if conversion.weights:
-        conversion.dtype = stored_dtype(conversion.weights)
+    _add_rest(conversion, files, folder, base)
     if shards.is_legacy:
         legacy = LegacyLayers(family_of(config).build_model(config), shards.homes)
         legacy.add_to(conversion)
@@ -61,8 +63,29 @@ def read(
     shards.check_version()
     if not conversion.weights:
         raise WeightsError(f"{files[0].parent} lacks {RESIDUAL}, which holds the tensors that are not quantised")
-    shards.add_to(conversion)
+    shards.add_to(conversion, add)
     if _is_tied(config):
+        _share_head(conversion.weights)
+    return conversion
+
+
+def outline(files: Sequence[Path], folder: Path, requantize: QuantSpec | None = REQUANTIZED) -> Conversion:
+    """What read() gives as lazy zeros, from headers and layers' small parts. Raises as read() does, and for old files.
+
+    Of the residual, and of ordinary weights in `folder`, nothing is read either: they are lazy.
+    """
+    from mlxvlm.checkpoint.outline import add_uqff_layer
+
+    shards = _Shards(files)
+    if shards.is_legacy:
+        raise UnsupportedModelError(
+            f"{shards.first} is of UQFF 0.x, whose headers don't tell its layers: it needs about its own size in memory"
+        )
+    shards.check_version()
+    conversion = Conversion(requantize)
+    _add_rest(conversion, files, folder, folder if any(folder.glob("model*.safetensors")) else None)
+    shards.add_to(conversion, partial(add_uqff_layer, requantize=requantize), is_outline=True)
+    if _is_tied(read_json(folder / "config.json")):
         _share_head(conversion.weights)
     return conversion
 
@@ -105,11 +128,17 @@ class _Shards:
                 f"{self.first} is of UQFF {text}; up to {VERSION[0]}.{VERSION[1]} can be read: update mlxvlm"
             )
 
-    def add_to(self, conversion: Conversion) -> None:
+    def add_to(self, conversion: Conversion, add: Add, is_outline: bool = False) -> None:
+        """is_outline: the values of the large parts are not read."""
         for layer, names in self._layers().items():
             home = self.homes[names["format"]].path
             with named(f"{home}: {layer}"):
-                add(conversion, layer, {part: self.homes[name].read(name) for part, name in names.items()})
+                unread = _LARGE if is_outline else ()
+                parts = {
+                    part: self.homes[name].outline(name) if part in unread else self.homes[name].read(name)
+                    for part, name in names.items()
+                }
+                add(conversion, layer, parts)
 
     def _layers(self) -> dict[str, dict[str, str]]:
         """Each layer's parts and their names. Raises WeightsError for tensors that belong to none."""
@@ -125,6 +154,12 @@ class _Shards:
         if strays:
             raise WeightsError(f"{self.first}: {', '.join(sorted(strays))} are no tensors or layers of UQFF")
         return dict(sorted(layers.items()))
+
+
+def _add_rest(conversion: Conversion, files: Sequence[Path], folder: Path, base: Path | None) -> None:
+    conversion.weights.update(_rest(files, folder, base))
+    if conversion.weights:
+        conversion.dtype = stored_dtype(conversion.weights)
 
 
 def _rest(files: Sequence[Path], folder: Path, base: Path | None) -> dict[str, mx.array]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvlm.cli.options import size_text
+from mlxvlm.cli.options import REQUANTIZE, size_text
 
 if TYPE_CHECKING:
     from mlxvlm.engine.device import DeviceReport
@@ -26,12 +26,26 @@ def add_parser(commands: Any) -> None:
         help="report on this machine, and on what a model would need",
         description="Report platform, MLX, memory and cache folder; with -m also what a model would need in memory.",
     )
-    parser.add_argument("-m", "--model", metavar="MODEL", help="`demo`, a folder, or a repository id (not downloaded)")
+    parser.add_argument(
+        "-m", "--model", metavar="MODEL", help="`demo`, a folder, a GGUF file, or a repository id (not downloaded)"
+    )
+    parser.add_argument("--mmproj", type=Path, metavar="FILE", help="the GGUF file of a GGUF model's picture half")
+    parser.add_argument("--from-uqff", metavar="NAME", help="UQFF files that are on this machine, as for `run`")
+    parser.add_argument(
+        "--requantize",
+        default=REQUANTIZE,
+        metavar="TYPE",
+        help=f"what GGUF and UQFF tensors without an exact form become (default: {REQUANTIZE}; none: 16 bits)",
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--isq", metavar="TYPE", help="what it would need quantised while loading: 4, Q4K, mxfp4 ...")
     parser.add_argument("--isq-vision", action="store_true", help="the vision tower's layers too")
     parser.add_argument("--topology", type=Path, metavar="FILE", help="a YAML file of types by layer")
+    parser.add_argument("--kv-bits", type=int, choices=(8, 4), help="keys and values held in 8 or 4 bits")
+    parser.add_argument(
+        "--kv-group-size", type=int, default=64, choices=(32, 64, 128), metavar="N", help="of --kv-bits: 32, 64 or 128"
+    )
     parser.set_defaults(execute=execute)
 
 
@@ -62,9 +76,15 @@ def _report_model(args: argparse.Namespace, usable: int) -> None:
     from mlxvlm.checkpoint.build import recipe_of
     from mlxvlm.checkpoint.estimate import memory_need
     from mlxvlm.checkpoint.load import LoadOptions
+    from mlxvlm.engine.kv_layout import quantised
 
     recipe = recipe_of(LoadOptions(isq=args.isq, isq_tower=args.isq_vision, topology=args.topology))
-    need = memory_need(args.model, args.revision, args.dtype, recipe)
+    need = memory_need(
+        args.model, args.revision, args.dtype, recipe, args.mmproj, args.from_uqff, requantize=args.requantize
+    )
+    specs = quantised(need.kv_specs, args.kv_bits, args.kv_group_size)
+    per_token = sum(spec.bytes_per_token(need.dtype) for spec in specs)
+    held = f" in {args.kv_bits} bits" if args.kv_bits else ""
     print()
     _row("model", f"{args.model} ({need.model_type}){'' if need.is_local else ', not on this machine yet'}")
     _row("on disk", size_text(need.disk_bytes))
@@ -72,9 +92,9 @@ def _report_model(args: argparse.Namespace, usable: int) -> None:
     for line in need.left:
         _row("", line)
     _row("tensors", need.misfit or f"{need.num_tensors}, names and shapes are the model's")
-    _row("KV cache", f"{size_text(1000 * need.kv_bytes_per_token)} for 1000 tokens, {need.max_context} tokens at most")
+    _row("KV cache", f"{size_text(1000 * per_token)} for 1000 tokens{held}, {need.max_context} tokens at most")
     for tokens in sorted({min(tokens, need.max_context) for tokens in _CONTEXTS}):
-        total = max(need.weights_bytes + tokens * need.kv_bytes_per_token, need.loading_bytes)
+        total = max(need.weights_bytes + tokens * per_token, need.loading_bytes)
         verdict = "fits" if total < usable else "does not fit"
         _row(f"  {tokens} tokens", f"{size_text(total)} for weights and KV cache: {verdict}")
 

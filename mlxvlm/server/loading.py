@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlxvlm.agent.formats import tool_format
 from mlxvlm.checkpoint.load import open_model
-from mlxvlm.errors import ModelError
+from mlxvlm.errors import ModelError, UsageError
 from mlxvlm.runner import start
 from mlxvlm.server.registry import LoadedModel, ModelSpec, Progress
 
@@ -27,9 +27,12 @@ class CheckpointLoader:
 
         budget = spec.limits.get("max_memory_bytes") or device.default_budget()
         try:
-            revision = spec.source.get("revision")
-            need = memory_need(spec.model, revision, spec.options.dtype, recipe_of(spec.options))
-        except ModelError:
+            files = {name: spec.source.get(name) for name in ("revision", "mmproj", "from_uqff")}
+            options = spec.options
+            need = memory_need(
+                spec.model, dtype=options.dtype, recipe=recipe_of(options), requantize=options.requantize, **files
+            )
+        except (ModelError, UsageError):
             return False
         room = budget - device.memory().active_bytes
         return max(need.weights_bytes * _ROOM_FOR_ROWS, need.loading_bytes) <= room

@@ -12,6 +12,9 @@ import pytest
 from mlxvlm import __version__
 from mlxvlm.cli import main
 from mlxvlm.cli.options import size_text
+from tests.checkpoint.llama_cpp.pairs import MMPROJ, TEXT, Kind, write_pair
+from tests.checkpoint.test_uqff import samples, write_model
+from tests.checkpoint.uqff_models import config_of
 from tests.golden import GOLDENS
 
 Capture = pytest.CaptureFixture[str]
@@ -46,6 +49,33 @@ def test_tensors_that_are_not_the_models_are_named(capsys: Capture, tmp_path: Pa
     (model / "config.json").write_text(json.dumps(config))
     assert main(["doctor", "-m", str(model)]) == 0
     assert "gate_proj.weight (32, 32) instead of (64, 32)" in capsys.readouterr().out
+
+
+def kv_line(capsys: Capture, *flags: str) -> str:
+    assert main(["doctor", "-m", "demo", "--dtype", "float32", *flags]) == 0
+    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("KV cache"))
+
+
+def test_quantised_keys_and_values(capsys: Capture) -> None:
+    """512 values a token: keys and values of 2 heads in 4 layers; with a scale and a bias for each 32 of them."""
+    assert "2.05 MB for 1000 tokens, 2048" in kv_line(capsys)
+    assert "640.0 kB for 1000 tokens in 8 bits" in kv_line(capsys, "--kv-bits", "8", "--kv-group-size", "32")
+    assert "384.0 kB for 1000 tokens in 4 bits" in kv_line(capsys, "--kv-bits", "4")
+    assert main(["doctor", "-m", str(GOLDENS / "idefics3_split"), "--kv-bits", "4"]) == 4
+    assert "heads have 16 values" in capsys.readouterr().err
+
+
+def test_gguf_and_uqff_files(capsys: Capture, tmp_path: Path) -> None:
+    pair = write_pair(tmp_path / "gguf", GOLDENS / "idefics3_split", Kind.Q8_0)
+    assert main(["doctor", "-m", str(pair / TEXT), "--mmproj", str(pair / MMPROJ), "--requantize", "none"]) == 0
+    out = capsys.readouterr().out
+    assert f"{pair / TEXT} (idefics3)" in out
+    assert "names and shapes are the model's" in out
+    folder, config = tmp_path / "uqff", config_of("qwen2_vl")
+    [file, _] = write_model(folder, config, samples(config, ["q4_0", "afq4"]))
+    for flags in ([], ["--from-uqff", str(file)]):
+        assert main(["doctor", "-m", str(folder), *flags]) == 0
+        assert "names and shapes are the model's" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "not a name"])

@@ -20,6 +20,7 @@ from mlxvlm.errors import InputError, UsageError
 
 MARKS = ("\\", "/")  # either begins a command
 _DEFAULT, _OFF = "default", ("off", "none")
+_LEAVING = ("exit", "quit")  # what people type to leave, also without a mark; behind a space it is a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ def take(session: Session, line: str) -> Outcome:
         name, argument = _split(line)
         if name in COMMANDS:
             return COMMANDS[name].run(session, argument)
+    if line.rstrip(SPACES).lower() in _LEAVING:
+        return Outcome(leave=True)
     if is_dropped(line):
         return _image(session, text)
     if line.startswith(MARKS):
@@ -71,9 +74,12 @@ def _split(line: str) -> tuple[str, str]:
 
 def _unknown(line: str) -> UsageError:
     name = line.split(maxsplit=1)[0]
-    near = get_close_matches(name[1:].lower(), COMMANDS, n=1)
-    guess = f"did you mean {name[0]}{near[0]}?" if near else f"{name[0]}help lists them"
-    return UsageError(f"there is no command {name[:40]}: {guess} (to send it as a message, begin with a space)")
+    return UsageError(f"there is no command {name[:40]}: {_guess(line)} (to send it as a message, begin with a space)")
+
+
+def _guess(line: str) -> str:
+    near = get_close_matches(_split(line)[0], COMMANDS, n=1)
+    return f"did you mean {line[0]}{near[0]}?" if near else f"{line[0]}help lists them"
 
 
 def _listed(pictures: list[Picture]) -> str:
@@ -92,8 +98,11 @@ def _image(session: Session, argument: str) -> Outcome:
 
 
 def _help(session: Session, argument: str) -> Outcome:
-    name = _split(f"\\{argument}")[0] if not argument.startswith(MARKS) else _split(argument)[0]
-    names = [name] if name in COMMANDS else list(COMMANDS)
+    line = argument if argument.startswith(MARKS) else f"\\{argument}"
+    name = _split(line)[0]
+    if argument and name not in COMMANDS:
+        raise UsageError(f"there is no command {line.split()[0][:40]}: {_guess(line)}")
+    names = [name] if argument else list(COMMANDS)
     heads = {name: f"\\{name} {COMMANDS[name].arguments}".rstrip() for name in names}
     width = max(map(len, heads.values()))
     lines = [f"{heads[name]:<{width}}  {COMMANDS[name].help}" for name in names]

@@ -25,7 +25,7 @@ def save(path: Path, model: str, system: str, turns: list[Turn]) -> None:
     text = json.dumps({"model": model, "messages": messages}, ensure_ascii=False, indent=2)
     try:
         if path.exists():
-            _messages(path)
+            _check_replaceable(path)
         _write(path, text + "\n")
     except OSError as error:
         raise InputError(f"{path} can't be written: {error.strerror or error}") from error
@@ -41,6 +41,13 @@ def load(path: Path) -> tuple[str, list[Turn]]:
     if messages and isinstance(messages[0], dict) and messages[0].get("role") in ("system", "developer"):
         system = "".join(part for part in _parts(messages.pop(0), path) if isinstance(part, str))
     return system, [_turn(message, path) for message in messages]
+
+
+def _check_replaceable(path: Path) -> None:
+    try:
+        _messages(path)
+    except InputError as error:
+        raise InputError(f"{path} is there and is no transcript, so it is kept: choose another name") from error
 
 
 def _messages(path: Path) -> list[Any]:

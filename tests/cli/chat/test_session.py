@@ -299,11 +299,27 @@ def test_every_command_has_help_and_leaving_leaves(session: Session) -> None:
         assert f"\\{name}" in listed
         assert command.help in listed
     assert len(take(session, r"\help \seed").note.splitlines()) == 1
-    for line in (r"\exit", "/quit"):
+    for line in (r"\exit", "/quit", "exit", "Quit "):
         assert take(session, line) == Outcome(leave=True)
+    for line in (" exit", "quit the room"):
+        assert take(session, line).ask is not None
     assert "a model" in take(session, r"\model").note
     assert "turns           0" in take(session, r"\stats").note
     assert take(session, "") == Outcome()
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (r"\help sed", r"there is no command \sed: did you mean \seed?"),
+        (r"\help /imgae x", "there is no command /imgae: did you mean /image?"),
+        (r"\help xyzzy", r"there is no command \xyzzy: \help lists them"),
+        (r"\help /", "there is no command /: /help lists them"),
+    ],
+)
+def test_help_for_what_is_no_command(line: str, error: str, session: Session) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(error)}$"):
+        take(session, line)
 
 
 class TestTranscripts:
@@ -339,7 +355,7 @@ class TestTranscripts:
         take(session, rf"\save {tmp_path}/chat.json")
         take(session, rf"\save {tmp_path}/chat.json")
         (tmp_path / "thesis.txt").write_text("years of work")
-        with pytest.raises(InputError, match="no transcript"):
+        with pytest.raises(InputError, match=r"thesis.txt is there and is no transcript, .*: choose another name"):
             take(session, rf"\save {tmp_path}/thesis.txt")
         assert (tmp_path / "thesis.txt").read_text() == "years of work"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.json", "thesis.txt"]
