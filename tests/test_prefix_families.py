@@ -245,5 +245,6 @@ def test_files_give_what_memory_gave(family: Family, cold: Cold, tmp_path: Path)
     with family.engine(**keep) as (engine, tower):
         again = engine.generate(request(asked))
         assert_same(again, cold(asked))
-        assert again.usage.cached_tokens == inside.usage.cached_tokens > asked.images[1].span[1]
+        whole = inside.usage.cached_tokens // 13 * 13  # there are files of whole blocks
+        assert again.usage.cached_tokens == whole > asked.images[1].span[1]
         assert len(tower.encoded) == len(tower.needed_images(asked, again.usage.cached_tokens))

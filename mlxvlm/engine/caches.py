@@ -20,7 +20,7 @@ _FEATURE_SHARE = 0.25
 
 def make_caches(config: EngineConfig, specs: Sequence[KVSpec], free_bytes: int) -> tuple[PrefixCache, FeatureCache]:
     """They share a part of what the model leaves free; `specs` say how blocks are held. Raises UsageError."""
-    files, root = None, sha256(repr((2, config.model_id, list(specs))).encode()).digest()
+    files, root = None, sha256(repr((3, config.model_id, list(specs))).encode()).digest()
     if config.prefix_cache_dir is not None:
         if not config.model_id:
             raise UsageError("prefix_cache_dir needs a model_id: models that share files must be told apart")

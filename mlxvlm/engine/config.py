@@ -42,7 +42,7 @@ class EngineConfig:
     # Kept between requests; None: what device.cache_budget() gives both together. 0: nothing.
     prefix_cache_bytes: int | None = None
     feature_cache_bytes: int | None = None
-    prefix_block_tokens: int = BLOCK_TOKENS  # of which only whole ones are kept
+    prefix_block_tokens: int = BLOCK_TOKENS  # of which files hold only whole ones
     # Blocks that were used twice are kept here too, for the next start of the same model: model_id must tell
     # checkpoint, revision, quantisation and dtype.
     prefix_cache_dir: Path | None = None

@@ -66,7 +66,7 @@ class KVGroup:
         group = cls(specs)
         group.owners, group.lengths, group._slots = [owner], [length], 1
         if blocks:
-            group._fill(blocks)
+            group._fill(blocks, length)
         return group
 
     @property
@@ -173,13 +173,13 @@ class KVGroup:
             self._layers[layer] = [mx.zeros((*room, part.shape[-1]), part.dtype) for part in like]
         return self._layers[layer]
 
-    def _fill(self, blocks: Sequence[KVBlock]) -> None:
+    def _fill(self, blocks: Sequence[KVBlock], length: int) -> None:
         # Values of a position, for each layer and part.
         widths = [[spec.num_kv_heads * width for width in part_widths(spec)] for spec in self.specs]
         first_part = sum(layer[0] for layer in widths)
         sizes = [block.parts[0].size // first_part for block in blocks]
-        held = sum(sizes)
-        self._capacity = capacity_for(held + 1)  # what comes next fits without another copy
+        unused = sum(sizes) - length  # of the last block; admission counts no room for it
+        self._capacity = capacity_for(length + 1)  # what comes next fits without another copy
         for part, flat in enumerate(zip(*(block.parts for block in blocks), strict=True)):
             first = 0  # of the layer, in each position
             for layer, spec in enumerate(self.specs):
@@ -188,7 +188,8 @@ class KVGroup:
                     array[first * size : last * size].reshape(1, heads, size, -1)
                     for array, size in zip(flat, sizes, strict=True)
                 ]
-                rest = mx.zeros((1, heads, self._capacity - held, pieces[0].shape[-1]), flat[0].dtype)
+                pieces[-1] = pieces[-1][:, :, : sizes[-1] - unused]
+                rest = mx.zeros((1, heads, self._capacity - length, pieces[0].shape[-1]), flat[0].dtype)
                 self._layers[layer].append(mx.concatenate([*pieces, rest], axis=2))
                 first = last
         mx.eval(self.arrays)

@@ -72,8 +72,8 @@ class ModelRunner:
         A block that comes from a file is a unit of work, to be called again after.
         """
         prompt = sequence.prompt
-        self.prefixes.extend(sequence.block_keys, prompt.token_ids, prompt.images)
-        if self.prefixes.fetch(sequence.block_keys, self._room_for_blocks()):
+        self.prefixes.extend(sequence.blocks, prompt.token_ids, prompt.images)
+        if self.prefixes.fetch(sequence.blocks, self._room_for_blocks()):
             return
         sequence.kv = KVGroup.single(self.kv_specs, sequence.id)
         self._skip_held(sequence)
@@ -140,21 +140,27 @@ class ModelRunner:
 
     def _skip_held(self, sequence: Sequence) -> None:
         """Moves a prompt on to the end of what is held of it, but leaves the last token, which decode reads."""
-        size, keys = self.prefixes.block_tokens, sequence.block_keys
-        held = min(self.prefixes.count(keys) * size, sequence.prefill_length)
+        prompt = sequence.prompt
+        found, shared = self.prefixes.match(sequence.blocks, prompt.token_ids, prompt.images)
+        held = min(shared, sequence.prefill_length)
         if held > sequence.prefilled:
-            blocks = self.prefixes.lookup(keys)
+            blocks = self.prefixes.lookup(found)
             sequence.kv = KVGroup.single(self.kv_specs, sequence.id, blocks, held)
             if not sequence.token_ids:
                 sequence.cached_tokens += held - sequence.prefilled
             sequence.prefilled = held
 
-    def _store(self, sequence: Sequence, group: KVGroup, ids: Seq[int]) -> None:
-        """Keeps whole blocks of what a row holds; with a step under way `ids` may be more or fewer than that."""
-        self.prefixes.extend(sequence.block_keys, ids, sequence.prompt.images)
+    def _store(self, sequence: Sequence, group: KVGroup, ids: Seq[int], has_ended: bool = False) -> None:
+        """Keeps whole blocks of what a row holds, and at its end the rest; with a step under way `ids` may be more or
+        fewer than that.
+        """
+        images = sequence.prompt.images
+        self.prefixes.extend(sequence.blocks, ids, images)
         length = min(len(ids), group.lengths[group.owners.index(sequence.id)])
-        keys = sequence.block_keys[: length // self.prefixes.block_tokens]
-        self.prefixes.store(keys, partial(group.copy, sequence.id), self._room_for_blocks())
+        chain = sequence.blocks[: length // self.prefixes.block_tokens]
+        if has_ended:
+            chain = self.prefixes.to_end(chain, ids[:length], images)
+        self.prefixes.store(chain, partial(group.copy, sequence.id), self._room_for_blocks())
 
     def _room_for_blocks(self) -> float:
         return self.spare() - self.features.nbytes
@@ -205,7 +211,7 @@ class ModelRunner:
             return
         try:
             if not sequence.failed:
-                self._store(sequence, group, sequence.ids)
+                self._store(sequence, group, sequence.ids, has_ended=True)
         finally:
             self.batch.remove(sequence.id)
 

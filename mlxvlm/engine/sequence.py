@@ -20,6 +20,7 @@ from mlxvlm.engine.context import shifted
 from mlxvlm.engine.detokenizer import Detokenizer
 from mlxvlm.engine.kv_cache import KVGroup
 from mlxvlm.engine.params import SamplingParams
+from mlxvlm.engine.prefix_cache import Link
 from mlxvlm.engine.request import Delta, FinishReason, TokenLogprob, Usage
 from mlxvlm.engine.sampler import RowSampler
 from mlxvlm.engine.stops import StopMatcher
@@ -84,7 +85,7 @@ class Sequence:
     def _start(self, prompt: Prompt) -> None:
         self.prompt = prompt
         self.before = len(self.token_ids)  # generated tokens that a shift has made part of the prompt, or dropped
-        self.block_keys: list[bytes] = []  # of the prefix cache, as far as ids are known
+        self.blocks: list[Link] = []  # the whole ones of the prefix cache, as far as ids are known
         self.features: list[mx.array | None] = [None] * len(prompt.images)
         self.needed: Seq[int] = ()  # images that must have features
         self.inputs: Inputs | None = None

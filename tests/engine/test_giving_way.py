@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.feature_cache import FeatureCache
+from mlxvlm.engine.prefix_cache import Link
 from mlxvlm.errors import MemoryBudgetError
 from mlxvlm.processors.base import Prompt
 from tests.engine.test_admission import Wide
@@ -67,7 +68,9 @@ def test_caches_and_rows_together_stay_within_the_budget(
         assert eventually(lambda: is_empty(engine))
         assert max(over, default=0) <= 0
         stats = engine.stats()
-        assert mx.get_active_memory() <= stats.model_bytes + stats.prefix_cache.nbytes
+        # The rest of a row has any size, for which MLX may take a freed buffer of up to two pages more.
+        slack = 2 * 4096 * len(questions)
+        assert mx.get_active_memory() <= stats.model_bytes + stats.prefix_cache.nbytes + slack
 
 
 def test_a_row_is_kept_beside_what_it_still_has() -> None:
@@ -142,7 +145,7 @@ def test_features_take_only_what_is_left() -> None:
     assert puts == [93]
 
 
-def keys_of(engine: Engine, ids: list[int]) -> list[bytes]:
-    keys: list[bytes] = []
+def keys_of(engine: Engine, ids: list[int]) -> list[Link]:
+    keys: list[Link] = []
     engine._runner.prefixes.extend(keys, ids, ())
     return keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlxvlm.engine.feature_cache import FeatureCache
 from mlxvlm.engine.kv_cache import KVBatch, KVBlock, KVGroup, KVPass
 from mlxvlm.engine.kv_layout import quantised
-from mlxvlm.engine.prefix_cache import PrefixCache, block_key
+from mlxvlm.engine.prefix_cache import Link, PrefixCache, link, touching
 from mlxvlm.models.base import KVSpec
 from mlxvlm.processors.base import PreparedImage
 
@@ -28,8 +28,8 @@ def image(digest: bytes, start: int, end: int) -> PreparedImage:
     return PreparedImage(np.zeros(1, np.float32), (1,), (start, end), digest)
 
 
-def chain(ids: Sequence[int], images: Sequence[PreparedImage] = (), size: int = 4) -> list[bytes]:
-    keys: list[bytes] = []
+def chain(ids: Sequence[int], images: Sequence[PreparedImage] = (), size: int = 4) -> list[Link]:
+    keys: list[Link] = []
     PrefixCache(1, size).extend(keys, ids, images)
     return keys
 
@@ -61,14 +61,59 @@ def test_a_key_depends_on_the_pictures_that_touch_its_block() -> None:
 def test_two_digests_are_not_one_longer_digest() -> None:
     offset = (4).to_bytes(8, "little")
     joined = b"a" + offset + (1).to_bytes(8, "little") + b"b"
-    assert block_key(b"", [1], 4, [image(b"a", 0, 9), image(b"b", 0, 9)]) != block_key(
-        b"", [1], 4, [image(joined, 0, 9)]
+    assert link(b"", [1], 4, [image(b"a", 0, 9), image(b"b", 0, 9)]) != link(b"", [1], 4, [image(joined, 0, 9)])
+
+
+LETTERS = st.lists(st.integers(0, 1), max_size=6)
+PICTURES = st.lists(st.tuples(st.sampled_from([b"a", b"b"]), st.integers(0, 12), st.integers(1, 4)), max_size=2)
+
+
+@settings(max_examples=300)
+@given(LETTERS, LETTERS, PICTURES, PICTURES)
+def test_what_two_blocks_share_is_what_has_equal_keys(
+    one: list[int], other: list[int], mine: list[tuple[bytes, int, int]], theirs: list[tuple[bytes, int, int]]
+) -> None:
+    """Of two blocks at position 4, whose pictures may begin before it."""
+    ones, others = (
+        [image(digest, start, start + width) for digest, start, width in sorted(each, key=lambda each: each[1])]
+        for each in (mine, theirs)
     )
+    found = link(b"", one, 4, ones).shared(other, touching(others, 4, len(other)))
+    lengths = range(1, min(len(one), len(other)) + 1)
+    equal = takewhile(lambda n: link(b"", one[:n], 4, ones) == link(b"", other[:n], 4, others), lengths)
+    assert found == len(list(equal))
+
+
+def test_the_rest_of_a_row_is_shared_up_to_where_a_prompt_departs() -> None:
+    cache, ids = PrefixCache(PLENTY, 4), list(range(10))
+    cuts: list[tuple[int, int]] = []
+
+    def store(ids: list[int]) -> None:
+        copy = lambda start, end: cuts.append((start, end)) or block()  # noqa: E731
+        cache.store(cache.to_end(chain(ids), ids, ()), copy)
+
+    store(ids)
+    assert cuts == [(0, 4), (4, 8), (8, 10)]
+    store(ids)
+    store(ids[:9])
+    store(ids[:6])
+    assert len(cuts) == 3, "all of that is held"
+    store([*ids[:6], 99, 98])
+    store([*ids, 10])
+    assert cuts[3:] == [(4, 8), (8, 11)]
+    cases = ([*ids, 10, 11], 11), ([*ids[:7], 1, 2], 7), ([*ids[:6], 99, 1], 7), (ids[:3], 3), ([1], 0), ([], 0)
+    for asked, shared in cases:
+        found, count = cache.match(chain(asked), asked, ())
+        assert count == shared
+        assert len(found) == len(cache.lookup(found)) == -(-shared // 4)
+    assert cache.match(chain(ids), ids, [image(b"a", 9, 10)])[1] == 9
+    cache.shrink(0)
+    assert not cache._children
 
 
 def test_keys_are_made_as_ids_become_known() -> None:
     ids, images = list(range(20)), [image(b"a", 6, 9)]
-    keys: list[bytes] = []
+    keys: list[Link] = []
     cache = PrefixCache(1, 3)
     for length in range(21):
         cache.extend(keys, ids[:length], images)
@@ -84,17 +129,17 @@ class PlainCache:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.now = limit, 0
-        self.entries: dict[bytes, tuple[bytes, int]] = {}
+        self.entries: dict[Link, tuple[Link | None, int]] = {}
 
-    def held(self, keys: list[bytes]) -> list[bytes]:
+    def held(self, keys: list[Link]) -> list[Link]:
         return [key for index, key in enumerate(keys) if all(k in self.entries for k in keys[: index + 1])]
 
-    def use(self, keys: list[bytes]) -> None:
+    def use(self, keys: list[Link]) -> None:
         self.now += 1
-        for key, parent in zip(keys, [b"", *keys], strict=False):
+        for key, parent in zip(keys, [None, *keys], strict=False):
             self.entries[key] = (parent, self.now)
 
-    def store(self, keys: list[bytes]) -> None:
+    def store(self, keys: list[Link]) -> None:
         held = self.held(keys)
         for key in keys[len(held) :]:
             if len(self.entries) == self.limit:
@@ -124,7 +169,7 @@ def test_the_cache_equals_its_slow_twin(limit: int, calls: list[tuple[bool, list
         else:
             assert len(cache.lookup(keys)) == len(twin.held(keys))
             twin.use(twin.held(keys))
-        assert set(cache._blocks) == set(twin.entries)
+        assert set(cache._blocks) == set(twin.entries) == {each for held in cache._children.values() for each in held}
         assert cache.nbytes == 8 * len(twin.entries) <= cache.max_bytes
 
 
@@ -168,7 +213,7 @@ def test_a_copy_that_fails_leaves_the_cache_whole() -> None:
 
 
 def test_a_cache_of_no_bytes_hashes_nothing() -> None:
-    keys: list[bytes] = []
+    keys: list[Link] = []
     PrefixCache(0, 1).extend(keys, [1, 2], [])
     assert keys == []
 
@@ -198,9 +243,10 @@ def test_a_row_made_of_blocks_is_the_row(cuts: list[int], bits: int | None) -> N
     assert (row.owners, row.lengths) == ([7], [length])
     slot = group.owners.index(1)
     for mine, theirs in zip(row.arrays, group.arrays, strict=True):
-        assert mx.array_equal(mine[:, :, : cuts[-1]], theirs[slot : slot + 1, :, : cuts[-1]])
+        assert mx.array_equal(mine[:, :, :length], theirs[slot : slot + 1, :, :length])
+        assert not mine[:, :, length:].any()
     before = row.nbytes
-    row.reserve(2)
+    row.reserve(1)
     assert row.nbytes == before
 
 
