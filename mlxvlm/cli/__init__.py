@@ -64,7 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (hint := old_commands.hint(argv) or _misplaced(argv[0])) is not None:
         print(f"mlxvlm: error: {hint}", file=sys.stderr)
         return UsageError.exit_code
-    args = root.parse_args(argv)
+    args, strays = root.parse_known_args(argv)
+    if strays:
+        is_text = "prompt" in args and not any(word.startswith("-") for word in strays)
+        root.error(
+            "the prompt is more than one word: put it in quotes"
+            if is_text
+            else f"unrecognized arguments: {' '.join(strays)} ({root.prog} {next(word for word in argv if word in _COMMANDS)} --help lists the flags)"
+        )
     try:
         code: int = args.execute(args)
         sys.stdout.flush()
