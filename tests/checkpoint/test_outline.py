@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -180,7 +180,7 @@ def test_files_that_are_not_here_are_not_fetched(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("kinds", [(GGMLType.Q8_0, GGMLType.Q4_0), (GGMLType.F16, GGMLType.Q8_0), (GGMLType.Q6K,) * 2])
 def test_pieces_of_different_types(kinds: tuple[GGMLType, GGMLType], tmp_path: Path) -> None:
     class Fake:
-        tensors = {
+        tensors: ClassVar = {
             name: TensorInfo(kind, (rows, 256), 0, 0, nbytes(kind, (rows, 256)))
             for name, kind, rows in zip("ab", kinds, (4, 2), strict=True)
         }
