@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (hint := old_commands.hint(argv) or _misplaced(argv[0])) is not None:
         print(f"mlxvlm: error: {hint}", file=sys.stderr)
         return UsageError.exit_code
-    args = root.parse_args(argv)
+    args, strays = root.parse_known_args(argv)
+    if strays:
+        root.error(_stray(args, argv, strays))
     try:
         code: int = args.execute(args)
         sys.stdout.flush()
@@ -96,6 +98,14 @@ def _misplaced(word: str) -> str | None:
     near = get_close_matches(word.lower(), _COMMANDS, n=1)
     guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
     return f"there is no command {printable(word[:40])}: {guess}"
+
+
+def _stray(args: argparse.Namespace, argv: Sequence[str], words: Sequence[str]) -> str:
+    """What to say of words that no command takes."""
+    if "prompt" in args and not any(word.startswith("-") for word in words):
+        return "the prompt is more than one word: put it in quotes"
+    command = next(word for word in argv if word in _COMMANDS)
+    return f"unrecognized arguments: {' '.join(words)} (mlxvlm {command} --help lists the flags)"
 
 
 def _mend_streams() -> None:

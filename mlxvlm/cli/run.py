@@ -175,15 +175,20 @@ def _print_json(args: argparse.Namespace, engine: Engine, stream: Stream | ToolA
 
 
 def _consume(stream: Stream | ToolAnswer, show: Callable[[str], None]) -> tuple[Completion, int]:
-    """The whole answer, shown as it comes. The first Ctrl-C ends it with what there is, a second one leaves."""
+    """The whole answer, shown as it comes, without the space that some templates leave to the model to write first.
+
+    The first Ctrl-C ends it with what there is, a second one leaves.
+    """
     from mlxvlm.engine.stream import collect
 
     deltas: list[Delta] = []
+    begun = False
     with on_interrupt(stream.cancel) as interrupted:
         for delta in stream:
             deltas.append(delta)
-            if delta.text:
-                show(delta.text)
+            if text := delta.text if begun else delta.text.lstrip(" "):
+                begun = True
+                show(text)
     return collect(deltas), _INTERRUPTED if interrupted else 0
 
 

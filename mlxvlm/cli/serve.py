@@ -65,10 +65,11 @@ def add_parser(commands: Any) -> None:
         "serve",
         help="answer programs over HTTP, as OpenAI's API does",
         description="Answer programs over HTTP, as OpenAI's API does; only this machine can connect without --host.",
+        usage="%(prog)s [options] -m [NAME=]MODEL",  # all of them would fill a screen before each error
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("kind", nargs="?", choices=_KINDS, metavar="KIND", help="ignored: " + ", ".join(_KINDS))
+    parser.add_argument("kind", nargs="?", metavar="KIND", help="ignored: " + ", ".join(_KINDS))
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with these flags (see below)")
     add_model_options(parser, many=True)
     add_quantisation_options(parser)
@@ -134,6 +135,8 @@ def _count(text: str) -> int:
 
 def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
+    if args.kind not in (None, *_KINDS):  # the parser would tell of it before the mistyped flag that it belongs to
+        raise UsageError(f"{args.kind!r} belongs to no flag, and is no kind of model: -m gives the model")
     flags, tables = merged(args)
     settings, specs = settings_of(flags), specs_of(flags, tables, args.parser)
     with mcp_tools(settings.mcp_config) as mcp:

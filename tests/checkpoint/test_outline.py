@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint import uqff
+from mlxvlm.checkpoint import outline, uqff
 from mlxvlm.checkpoint.build import recipe_of
 from mlxvlm.checkpoint.container import Tensor, TensorFile
 from mlxvlm.checkpoint.conversion import Conversion
 from mlxvlm.checkpoint.estimate import memory_need
-from mlxvlm.checkpoint.gguf import GGUFFile
+from mlxvlm.checkpoint.ggml import GGMLType, nbytes
+from mlxvlm.checkpoint.gguf import GGUFFile, TensorInfo
+from mlxvlm.checkpoint.llama_cpp import load
 from mlxvlm.checkpoint.llama_cpp.load import open_gguf
+from mlxvlm.checkpoint.llama_cpp.names import Piece, Recipe
 from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.outline import add_gguf
 from mlxvlm.checkpoint.packed import QuantSpec
@@ -172,3 +175,22 @@ def test_files_that_are_not_here_are_not_fetched(tmp_path: Path, monkeypatch: py
     assert not any(weights for _, weights in asked)
     with pytest.raises(ModelError):
         memory_need(str(tmp_path / "none.gguf"))
+
+
+@pytest.mark.parametrize("kinds", [(GGMLType.Q8_0, GGMLType.Q4_0), (GGMLType.F16, GGMLType.Q8_0), (GGMLType.Q6K,) * 2])
+def test_pieces_of_different_types(kinds: tuple[GGMLType, GGMLType], tmp_path: Path) -> None:
+    class Fake:
+        tensors: ClassVar = {
+            name: TensorInfo(kind, (rows, 256), 0, 0, nbytes(kind, (rows, 256)))
+            for name, kind, rows in zip("ab", kinds, (4, 2), strict=True)
+        }
+
+        def bytes(self, name: str) -> Any:
+            return np.zeros(self.tensors[name].nbytes, np.uint8)
+
+    recipe = Recipe("x.weight", (Piece("a", np.array([1, 0])), Piece("b")))
+    for spec in SPECS:
+        found, read = Conversion(spec), Conversion(spec)
+        outline._add_recipe(found, Fake(), recipe, spec)  # type: ignore[arg-type]
+        load._add(read, Fake(), tmp_path, recipe)  # type: ignore[arg-type]
+        assert shapes(found.weights) == shapes(read.weights)

@@ -247,6 +247,18 @@ def test_usage_errors(argv: list[str], capsys: Capture) -> None:
     assert "usage:" in capsys.readouterr().err
 
 
+def test_a_prompt_without_quotes(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["run", "-m", "demo", "what", "is", "this"])
+    assert end.value.code == 2
+    assert "the prompt is more than one word: put it in quotes" in capsys.readouterr().err
+
+
+def test_the_templates_space_is_not_shown(capsys: Capture) -> None:
+    assert main(["run", "-m", "demo", "Hello!"]) == 0
+    assert capsys.readouterr().out == "Hello! Show me a picture and ask me about it.\n"
+
+
 def test_debug_shows_where(capsys: Capture) -> None:
     assert main(["--debug", "run", "-m", "./nowhere", "hello"]) == 4
     assert "Traceback" in capsys.readouterr().err

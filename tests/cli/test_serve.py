@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from mlxvlm.cli import parser, serve
+from mlxvlm.cli import main, parser, serve
 from mlxvlm.errors import UsageError
 from mlxvlm.server.registry import ModelSpec
 from mlxvlm.server.settings import ServerSettings
@@ -257,7 +257,6 @@ def test_files_that_are_wrong(tmp_path: Path, text: str, words: str) -> None:
         ([], "the following arguments are required: -m/--model"),
         (["-m", "demo", "--port", "x"], "--port"),
         (["-m", "demo", "--max-rows", "0"], "--max-rows"),
-        (["wrong", "-m", "demo"], "invalid choice: 'wrong'"),
     ],
 )
 def test_flags_that_are_wrong(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,6 +264,16 @@ def test_flags_that_are_wrong(argv: list[str], words: str, capsys: pytest.Captur
         read(*argv)
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_mistyped_flag_is_told_of_before_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "-m", "demo", "--hots", "0.0.0.0"])
+    errors = capsys.readouterr().err
+    assert "unrecognized arguments: --hots (mlxvlm serve --help lists the flags)" in errors
+    assert len(errors.splitlines()) == 2
+    assert main(["serve", "wrong", "-m", "demo"]) == 2
+    assert "'wrong' belongs to no flag, and is no kind of model" in capsys.readouterr().err
 
 
 def test_flags_of_one_model_and_several_models() -> None:

@@ -34,6 +34,7 @@ def add_parser(commands: Any) -> None:
         "chat",
         help="talk with a model about pictures",
         description="Talk with a model, with or without pictures.",
+        usage="%(prog)s [options] -m MODEL",  # all of them would fill a screen before each error
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
