@@ -10,6 +10,7 @@ from mlxvlm.agent.rounds import ToolFormat as ToolFormat
 from mlxvlm.agent.rounds import ToolParser as ToolParser
 from mlxvlm.agent.tools import NamedTool, Tool, ToolChoice
 from mlxvlm.api.messages import AssistantMessage, ChatMessage, ImageContent, ToolMessage, UserMessage
+from mlxvlm.api.naming import Blame
 from mlxvlm.api.sampling import SamplingFields
 from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.api.tools import GrammarFormat, JsonSchema, JsonSchemaFormat, ResponseFormat
@@ -91,6 +92,13 @@ def chat_plan(
         1 if body.parallel_tool_calls is False else None,
         bool(body.stream),
     )
+
+
+def blame_of(body: ChatCompletionRequest, names: Mapping[str, str] | None = None) -> Blame:
+    """For what the engine finds wrong with the plan. names: a chat request's field -> the request's own."""
+    form = "grammar" if body.grammar is not None else "response_format" if body.response_format is not None else "tools"
+    names = names or {}
+    return Blame(names.get("messages", "messages"), names.get(form, form))
 
 
 def with_seed(request: Request, index: int) -> Request:

@@ -70,10 +70,15 @@ class Answering:
     """
 
     def __init__(
-        self, engine: Submitter, requests: Sequence[Request], patience: Patience, counted: Counted | None = None
+        self,
+        engine: Submitter,
+        requests: Sequence[Request],
+        patience: Patience,
+        counted: Counted | None = None,
+        blame: Callable[[MlxvlmError], None] = lambda error: None,
     ) -> None:
-        """counted: stands between a stream and its reader."""
-        self._engine, self._requests, self._patience = engine, requests, patience
+        """counted: stands between a stream and its reader. blame: told of an error before it is raised."""
+        self._engine, self._requests, self._patience, self._blame = engine, requests, patience, blame
         self._counted: Counted = counted or _deltas
         self._streams: list[Deltas] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -87,8 +92,9 @@ class Answering:
         try:
             for request in self._requests:
                 self._streams.append(self._engine.submit(request))
-        except MlxvlmError:
+        except MlxvlmError as error:
             self._cancel()
+            self._blame(error)
             raise
         await self._scope.__aenter__()
         self._pumps = [asyncio.create_task(self._pump(index, each)) for index, each in enumerate(self._streams)]
@@ -168,6 +174,7 @@ class Answering:
             if not has_prompt:  # it ended before: why comes first
                 self._tell_prepared()
         except MlxvlmError as error:
+            self._blame(error)
             self._put(index, error)
 
     def _tell_prepared(self) -> None:

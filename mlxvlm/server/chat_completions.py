@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from mlxvlm.agent.rounds import Said
 from mlxvlm.api.assemble import ChatAssembler, plan_choices
 from mlxvlm.api.base import parse
-from mlxvlm.api.plan import ChatPlan, chat_plan
+from mlxvlm.api.plan import ChatPlan, blame_of, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.api.usage import together
 from mlxvlm.engine.request import Delta, Usage
@@ -39,8 +39,9 @@ class ChatCompletions:
             offered = doors.tools.offered(body, model)
             plan = chat_plan(body, model.engine.config.sampling, model.tools, offered.tools)
             rounds = offered.submitter(plan)
-            requests = await doors.with_pictures(plan.requests)
-            async with doors.answering(model, requests, rounds) as answering:
+            blame = blame_of(body)
+            requests = await doors.with_pictures(plan.requests, blame)
+            async with doors.answering(model, requests, blame, rounds) as answering:
                 note = partial(doors.note_usage, scope, model.name)
                 assembler = chat_assembler(body, plan, model, has_rounds=rounds is not None)
                 reply = Reply(_Chat(body, assembler), answering, note)

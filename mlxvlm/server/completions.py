@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from mlxvlm.api.base import parse
 from mlxvlm.api.completions import CompletionAssembler, CompletionPlan, CompletionRequest, TextChoice, completion_plan
+from mlxvlm.api.naming import Blame
 from mlxvlm.server.connection import unless_gone
 from mlxvlm.server.doors import Doors
 from mlxvlm.server.models import LoadedModel
@@ -33,7 +34,7 @@ class Completions:
             plan = await asyncio.to_thread(
                 completion_plan, body, engine.config.sampling, tokenizer.encode_prompt, tokenizer.decode
             )
-            async with doors.answering(model, plan.requests) as answering:
+            async with doors.answering(model, plan.requests, Blame("prompt")) as answering:
                 note = partial(doors.note_usage, scope, model.name)
                 reply = Reply(_assembler(body, plan, model), answering, note)
                 await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Scope
 
+from mlxvlm.api.naming import Blame
 from mlxvlm.engine.request import Delta, Request, Usage
 from mlxvlm.messages import ImagePart, Message
 from mlxvlm.server.answering import Answering, Deltas, Patience, Submitter
@@ -34,15 +35,19 @@ class Doors:
     tools: ServerTools = field(default_factory=ServerTools)
 
     def answering(
-        self, model: LoadedModel, requests: Sequence[Request], submitter: Submitter | None = None
+        self, model: LoadedModel, requests: Sequence[Request], blame: Blame, submitter: Submitter | None = None
     ) -> Answering:
         """The streams of these requests. submitter: what stands before the model's engine."""
         timed = self.timed
         counted = None if timed is None else (lambda stream: timed(model.name, stream))
-        return Answering(submitter or model.engine, requests, self.patience, counted)
+        return Answering(submitter or model.engine, requests, self.patience, counted, blame.lay)
 
-    async def with_pictures(self, requests: Sequence[Request]) -> tuple[Request, ...]:
+    async def with_pictures(self, requests: Sequence[Request], blame: Blame) -> tuple[Request, ...]:
         """The requests of one plan, which share their messages, with their pictures fetched, each once."""
+        with blame.laid():
+            return await self._with_pictures(requests)
+
+    async def _with_pictures(self, requests: Sequence[Request]) -> tuple[Request, ...]:
         fetched: dict[str, Any] = {}
         messages: list[Message] = []
         for message in requests[0].messages:

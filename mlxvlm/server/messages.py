@@ -16,7 +16,7 @@ from mlxvlm.api.anthropic.convert import NAMES, chat_request
 from mlxvlm.api.anthropic.request import CountTokensRequest, MessagesRequest
 from mlxvlm.api.base import parse
 from mlxvlm.api.naming import named
-from mlxvlm.api.plan import chat_plan
+from mlxvlm.api.plan import blame_of, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.server.chat_completions import chat_assembler
 from mlxvlm.server.connection import unless_gone
@@ -51,8 +51,9 @@ class Messages:
         async with doors.models.acquire(body.model) as model:
             with named(NAMES):
                 plan = chat_plan(body, model.engine.config.sampling, model.tools)
-            requests = await doors.with_pictures(plan.requests)
-            async with doors.answering(model, requests) as answering:
+            blame = blame_of(body, NAMES)
+            requests = await doors.with_pictures(plan.requests, blame)
+            async with doors.answering(model, requests, blame) as answering:
                 assembler = MessageAssembler(chat_assembler(body, plan, model), model.name)
                 reply = Reply(assembler, answering, partial(doors.note_usage, scope, model.name), FRAMING)
                 await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))
@@ -64,7 +65,7 @@ async def count_tokens(doors: Doors, request: Request) -> Response:
     async with doors.models.acquire(body.model) as model:
         with named(NAMES):
             plan = chat_plan(body, model.engine.config.sampling, model.tools)
-        asked, *_ = await doors.with_pictures(plan.requests)
+        asked, *_ = await doors.with_pictures(plan.requests, blame_of(body, NAMES))
         process = model.engine.processor
         prompt = await asyncio.to_thread(process, asked.messages, asked.template, asked.image_options)
     return json_reply(TokenCount(input_tokens=len(prompt.token_ids)))

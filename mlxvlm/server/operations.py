@@ -20,9 +20,9 @@ from mlxvlm.api.operations import (
     TokenizeRequest,
     Tokens,
 )
-from mlxvlm.api.plan import chat_plan
+from mlxvlm.api.plan import blame_of, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
-from mlxvlm.errors import RequestError
+from mlxvlm.errors import RequestError, UsageError
 from mlxvlm.processors.base import Prompt, check_messages
 from mlxvlm.server.doors import Doors, ReadJSON
 from mlxvlm.server.models import LoadedModel
@@ -80,13 +80,15 @@ class TokenRoutes:
         # Checked already: the same models are inside.
         chat = ChatCompletionRequest.model_construct(**{name: each for name, each in given.items() if each is not None})
         plan = chat_plan(chat, model.engine.config.sampling, model.tools)
-        [asked] = await self._doors.with_pictures(plan.requests)
+        blame = blame_of(chat)
+        [asked] = await self._doors.with_pictures(plan.requests, blame)
 
         def prompt() -> Prompt:
             check_messages(asked.messages)
             return model.engine.processor(asked.messages, asked.template, asked.image_options)
 
-        return (await asyncio.to_thread(prompt)).token_ids
+        with blame.laid():
+            return (await asyncio.to_thread(prompt)).token_ids
 
     async def detokenize(self, request: HTTPRequest) -> Response:
         """The text of token ids."""
@@ -139,9 +141,13 @@ class SwitchRoutes:
         body = parse(IsqRequest, await self._read_json(request))
         if (body.ggml_type is None) == (body.isq is None):
             raise RequestError("give one of ggml_type and isq", "ggml_type")
-        wanted = body.isq if body.ggml_type is None else body.ggml_type
+        wanted, param = (body.isq, "isq") if body.ggml_type is None else (body.ggml_type, "ggml_type")
         name = self._models.resolve(body.model)
-        await self._models.re_isq(name, None if wanted == "none" else wanted)
+        try:
+            await self._models.re_isq(name, None if wanted == "none" else wanted)
+        except UsageError as error:
+            error.param = param
+            raise
         return json_reply(self._models.state(name))
 
     async def _name(self, request: HTTPRequest) -> str:

@@ -20,7 +20,7 @@ from mlxvlm.agent.reader import is_json
 from mlxvlm.api.base import parse
 from mlxvlm.api.messages import ChatMessage
 from mlxvlm.api.naming import named
-from mlxvlm.api.plan import chat_plan
+from mlxvlm.api.plan import blame_of, chat_plan
 from mlxvlm.api.responses.answers import Deleted, ItemList, OutputMessage, Response, ResponseError
 from mlxvlm.api.responses.assemble import ResponseAssembler
 from mlxvlm.api.responses.convert import NAMES, chat_request, turns_of
@@ -194,8 +194,9 @@ class Responses:
         doors = replace(self._doors, fetch_picture=asked.seen)
         with named(NAMES):
             plan = chat_plan(asked.chat, model.engine.config.sampling, model.tools)
-        requests = await doors.with_pictures(plan.requests)
-        async with doors.answering(model, requests) as answering:
+        blame = blame_of(asked.chat, NAMES)
+        requests = await doors.with_pictures(plan.requests, blame)
+        async with doors.answering(model, requests, blame) as answering:
             assembler = ResponseAssembler(chat_assembler(asked.chat, plan, model), response)
 
             def end(usage: Usage) -> None:

@@ -73,7 +73,8 @@ def examples(pytestconfig: pytest.Config, count: int, many: int) -> Any:
 
 def check(answer: Answer, sent: bytes = b"") -> None:
     """A refusal in OpenAI's shape, or an answer to what turned out to be good."""
-    assert answer.status < 500, (answer, sent[:400])
+    is_late = answer.status == 504 and b'"timeout"' in sent  # as it asked
+    assert answer.status < 500 or is_late, (answer, sent[:400])
     for secret in SECRETS:
         assert secret not in answer.body or secret in sent, (answer, sent[:400])
     assert REFUSED not in answer.body

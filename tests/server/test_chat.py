@@ -29,6 +29,10 @@ def look(url: str, question: str = "What do you see?") -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def form(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "form", "strict": True, "schema": schema}}
+
+
 def create(client: openai.OpenAI, messages: Sequence[Any] = HELLO, **fields: Any) -> Any:
     return client.chat.completions.create(model="default", messages=messages, **fields)
 
@@ -149,8 +153,9 @@ def test_stop_and_limits(client: openai.OpenAI) -> None:
     assert (cut.message.content, cut.finish_reason) == (whole.split("picture")[0], "stop")
     short = create(client, max_completion_tokens=3)
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3)
-    late = create(client, extra_body={"timeout": 1e-6})
-    assert (late.choices[0].finish_reason, late.choices[0].message.content) == ("length", "")
+    with pytest.raises(openai.InternalServerError) as caught:
+        create(client, extra_body={"timeout": 1e-6})
+    assert (caught.value.status_code, caught.value.code) == (504, "timeout")
 
 
 class Shape(pydantic.BaseModel):
@@ -214,7 +219,7 @@ def test_long_chats_are_truncated_if_asked(client: openai.OpenAI) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *chat, *HELLO]
     with pytest.raises(openai.BadRequestError) as caught:
         create(client, messages)
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     completion = create(client, messages, max_tokens=5, extra_body={"truncate_sequence": True})
     assert 500 < completion.usage.prompt_tokens < 2048
 
@@ -224,11 +229,23 @@ def test_long_chats_are_truncated_if_asked(client: openai.OpenAI) -> None:
     [
         ({"extra_body": {"surprise": 1}}, openai.BadRequestError, "surprise"),
         ({"temperature": "hot"}, openai.BadRequestError, "temperature"),
-        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, None),
-        ({"messages": look("nowhere.png")}, openai.BadRequestError, None),
-        ({"messages": look("data:image/png;base64,AAAA")}, openai.BadRequestError, None),
-        ({"extra_body": {"min_pixels": 100}}, openai.BadRequestError, None),
-        ({"extra_body": {"grammar": {"type": "regex", "value": "("}}}, openai.BadRequestError, None),
+        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"messages": look("nowhere.png")}, openai.BadRequestError, "messages"),
+        ({"messages": look("data:image/png;base64,AAAA")}, openai.BadRequestError, "messages"),
+        ({"extra_body": {"min_pixels": 100}}, openai.BadRequestError, "min_pixels"),
+        ({"extra_body": {"grammar": {"type": "regex", "value": "("}}}, openai.BadRequestError, "grammar"),
+        (
+            {"extra_body": {"grammar": {"type": "regex", "value": "a"}, "ignore_eos": True}},
+            openai.BadRequestError,
+            "ignore_eos",
+        ),
+        ({"response_format": form({"type": "nothing"})}, openai.BadRequestError, "response_format"),
+        (
+            {"response_format": form({"type": "object", "minProperties": "x"})},
+            openai.BadRequestError,
+            "response_format",
+        ),
+        ({"messages": [{"role": "user", "content": "Hello! " * 9999}]}, openai.BadRequestError, "messages"),
         ({"model": "other"}, openai.NotFoundError, None),
     ],
 )

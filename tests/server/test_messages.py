@@ -149,19 +149,6 @@ def test_streamed_is_whole(client: anthropic.Anthropic, fields: dict[str, Any], 
     assert names.count("content_block_start") == names.count("content_block_stop") == len(whole.content)
 
 
-def test_a_tool_use_that_is_cut_off_is_text_unless_it_was_streamed(client: anthropic.Anthropic) -> None:
-    fields: Any = {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "paint"}, "max_tokens": 50}
-    whole = ask(client, **fields)
-    (block,) = whole.content
-    assert (whole.stop_reason, block.type, '"name": "paint"' in block.text) == ("max_tokens", "text", True)
-    with client.messages.stream(model="default", messages=HELLO, **fields) as stream:
-        written = "".join(event.partial_json for event in stream if event.type == "input_json")
-        final = stream.get_final_message()
-    (use,) = final.content
-    assert (final.stop_reason, use.type) == ("max_tokens", "tool_use")
-    assert block.text.endswith(written), "nothing of it is lost"
-
-
 def test_a_stop_sequence_is_told(client: anthropic.Anthropic) -> None:
     message = ask(client, stop_sequences=["never", "picture"])
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "picture")

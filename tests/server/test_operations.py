@@ -117,7 +117,8 @@ def test_re_isq(server: Whole, loader: FakeLoader) -> None:
     assert error(post(server.url, "/re_isq")) == (400, "ggml_type")
     assert error(post(server.url, "/re_isq", isq=4, ggml_type="Q4K")) == (400, "ggml_type")
     assert error(post(server.url, "/re_isq", isq=4, model="c"))[0] == 404
-    assert error(post(server.url, "/re_isq", isq="nonsense"))[0] == 400
+    assert error(post(server.url, "/re_isq", isq="nonsense")) == (400, "isq")
+    assert error(post(server.url, "/re_isq", ggml_type="nonsense")) == (400, "ggml_type")
     assert loader.alive == 1
 
 

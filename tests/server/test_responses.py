@@ -15,7 +15,6 @@ import pydantic
 import pytest
 
 from mlxvlm.agent.formats import tool_format
-from mlxvlm.agent.reader import is_json
 from mlxvlm.engine.engine import Engine
 from mlxvlm.server import responses
 from mlxvlm.server.answering import Patience
@@ -184,23 +183,6 @@ def test_what_is_cut_off_is_incomplete(client: openai.OpenAI) -> None:
     assert (response.output[0].status, response.completed_at) == ("incomplete", None)
 
 
-def test_a_call_that_is_cut_off_is_text_unless_it_was_streamed(client: openai.OpenAI) -> None:
-    fields: Any = {"tools": [TOOL], "tool_choice": {"type": "function", "name": "paint"}, "max_output_tokens": 36}
-    whole = ask(client, **fields)
-    assert [item.type for item in whole.output] == ["message"]
-    assert (whole.status, '"name": "paint"' in whole.output_text) == ("incomplete", True)
-    *_, last = ask(client, stream=True, **fields)
-    (call,) = last.response.output
-    assert (last.type, call.type, call.status) == ("response.incomplete", "function_call", "incomplete")
-    assert whole.output_text.endswith(call.arguments), "nothing of it is lost"
-    assert not is_json(call.arguments)
-    for kept in (whole, last.response):
-        ask(client, "Go on.", previous_response_id=kept.id, tools=[TOOL], max_output_tokens=4)
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Done."}
-    with pytest.raises(openai.BadRequestError, match="names a call that nothing before it makes"):
-        ask(client, [result], previous_response_id=last.response.id)
-
-
 def test_the_clients_parse(client: openai.OpenAI) -> None:
     class Answer(pydantic.BaseModel):
         color: str = pydantic.Field(pattern="^(red|orange|blue)$")
@@ -336,6 +318,10 @@ def test_what_runs_in_the_background_can_be_stopped(monkeypatch: pytest.MonkeyPa
             "grammar",
         ),
         ({"tools": [TOOL], "text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "f", "schema": {"type": "nothing"}}}}, "text.format"),
+        ({"tools": [{**TOOL, "parameters": {"properties": {"a": {"type": "nothing"}}}}]}, "tools"),
+        ({"input": "Hello! " * 9999}, "input"),
+        ({"extra_body": {"logit_bias": {"99999": 1}}}, "logit_bias"),
     ],
 )
 def test_what_is_refused_is_named(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
