@@ -124,6 +124,7 @@ class EngineClosedError(MlxvlmError):
     """The engine was closed before the request was done."""
 
     http_status = 503
+    retry_after_s: ClassVar[int] = 5  # a guess: a server is started again, a model is loaded again
 
 
 class AnswerTimeoutError(MlxvlmError):

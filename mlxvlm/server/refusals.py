@@ -13,7 +13,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 _ANTHROPICS = "/v1/messages"
 
 # What a request is told that is cut off, or comes too late.
-SHUTTING_DOWN = "the server is shutting down"
+SHUTTING_DOWN = "the server is shutting down: ask again when it is back"
 UNLOADED = "the model was unloaded before the answer was done: ask again"
 
 

@@ -34,6 +34,7 @@ _OTHER_FILES = 256  # weights, pictures, connections of our own
 _MAX_HEAD_BYTES = 32 << 10
 _INTERRUPTED = 130
 _LAST_WORDS_S = 2.0  # after the engines' end, for what is then said of the requests that were cut off
+_RETRY_AFTER = (b"retry-after", str(EngineClosedError.retry_after_s).encode())
 _log = logging.getLogger("mlxvlm.server")
 
 
@@ -140,7 +141,7 @@ def _answering_to_the_end(app: ASGIApp) -> ASGIApp:
             if scope["type"] != "http":
                 raise
             if not started:
-                await send_error(send, 503, SHUTTING_DOWN)
+                await send_error(send, 503, SHUTTING_DOWN, headers=[_RETRY_AFTER], path=scope["path"])
 
     return answer
 

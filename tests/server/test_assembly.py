@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 
+from mlxvlm.server.refusals import SHUTTING_DOWN
 from mlxvlm.server.registry import ModelSpec
 from mlxvlm.server.settings import ServerSettings
 from tests.fakes import FakeModel, FakeProcessor, eventually, fake_engine
@@ -160,9 +161,10 @@ def test_requests_that_the_end_cuts_off_are_told(caplog: pytest.LogCaptureFixtur
             events = [line for line in pieces if line]
         waiting.join(20)
     error = json.loads(events[-2].removeprefix("data: "))["error"]
-    assert (error["type"], error["message"]) == ("server_error", "the server is shutting down")
+    assert (error["type"], error["message"]) == ("server_error", SHUTTING_DOWN)
     assert events[-1] == "data: [DONE]"
     assert [(reply.status_code, reply.json()["error"]["message"]) for reply in replies] == [(503, error["message"])]
+    assert replies[0].headers["retry-after"] == "5"
     assert not [record for record in caplog.records if record.exc_info], "no tracebacks"
 
 
