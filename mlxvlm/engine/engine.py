@@ -78,12 +78,12 @@ class Engine(Asking):
         self._thread = threading.Thread(
             target=self._run, args=(build, progress, draft), name="mlxvlm-engine", daemon=True
         )
-        self._thread.start()
         # A daemon thread inside MLX must not outlive the interpreter.
         self._finalizer = weakref.finalize(self, _stop, self._closing, self._commands, self._thread)
         try:
+            self._thread.start()
             self._loaded.result()
-        except BaseException:  # also Ctrl-C while loading
+        except BaseException:  # also Ctrl-C, while the thread starts or loads
             self.close()
             raise
 
@@ -147,7 +147,8 @@ class Engine(Asking):
                 self._all_ended.wait_for(lambda: not self._open, drain_s)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._finalizer()
-        self._thread.join()  # also where another thread closes at the same time
+        with suppress(RuntimeError):  # it was never started
+            self._thread.join()  # also where another thread closes at the same time
         self._pool.shutdown()
         with suppress(queue.Empty):  # what nobody will run holds on to prompts
             while True:
@@ -348,4 +349,5 @@ def _checked(seconds: float | None) -> float | None:
 def _stop(closing: threading.Event, commands: queue.SimpleQueue[Command], thread: threading.Thread) -> None:
     closing.set()
     commands.put(lambda: None)
-    thread.join()
+    with suppress(RuntimeError):  # it was never started
+        thread.join()

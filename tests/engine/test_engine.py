@@ -332,6 +332,29 @@ def test_ctrl_c_while_loading_ends_the_thread() -> None:
     assert not any(thread.name == "mlxvlm-engine" for thread in threading.enumerate())
 
 
+def test_ctrl_c_while_the_thread_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "mlxvlm-engine":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fake_engine()
+    assert not any(thread.name == "mlxvlm-engine" for thread in threading.enumerate())
+
+
+def test_a_thread_that_can_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        fake_engine()
+
+
 def test_usage_adds_up() -> None:
     with fake_engine() as engine:
         usage = engine.generate(ask([1, 2, 3], 5)).usage
