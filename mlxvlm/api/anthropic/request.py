@@ -264,7 +264,7 @@ class CountTokensRequest(Body):
     thinking: dict[str, Any] | None = Field(
         None, max_length=MAX_METADATA, description=f"Ignored: {IGNORED_FIELDS['thinking']}."
     )
-    cache_control: _Cache | None = None
+    cache_control: _Cache | None = Field(None, description=f"Ignored: {IGNORED_FIELDS['cache_control']}.")
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
