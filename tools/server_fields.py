@@ -6,6 +6,7 @@ python tools/server_fields.py [--check]
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, create_model
@@ -32,20 +33,34 @@ def fields() -> str:
     return table(ChatCompletionRequest, "messages", "model")
 
 
-def completion_fields() -> str:
-    """Those that a chat does not have, or has otherwise."""
-    from mlxvlm.api.completions import CompletionRequest
+def own_fields(body: type[BaseModel], *first: str) -> str:
+    """Those that not all endpoints have."""
     from mlxvlm.api.sampling import SamplingFields
 
-    own = create_model(
-        "Own",
-        **{
-            name: (each.annotation, each)
-            for name, each in CompletionRequest.model_fields.items()
-            if name not in SamplingFields.model_fields
-        },
-    )
-    return table(own, "prompt", "model")
+    own = {
+        name: (each.annotation, each)
+        for name, each in body.model_fields.items()
+        if name not in SamplingFields.model_fields
+    }
+    return table(create_model("Own", **own), *first)
+
+
+def completion_fields() -> str:
+    from mlxvlm.api.completions import CompletionRequest
+
+    return own_fields(CompletionRequest, "prompt", "model")
+
+
+def response_fields() -> str:
+    from mlxvlm.api.responses.request import ResponsesRequest
+
+    return own_fields(ResponsesRequest, "input", "model")
+
+
+def message_fields() -> str:
+    from mlxvlm.api.anthropic.request import MessagesRequest
+
+    return own_fields(MessagesRequest, "messages", "model", "max_tokens")
 
 
 def endpoints() -> str:
@@ -55,20 +70,33 @@ def endpoints() -> str:
     return "\n".join(["| endpoint | |", "|---|---|", *lines])
 
 
+def reasons(fields: Mapping[str, str], head: str) -> str:
+    lines = [f"| `{name}` | {why} |" for name, why in fields.items()]
+    return "\n".join([f"| field | {head} |", "|---|---|", *lines])
+
+
 def ignored() -> str:
     from mlxvlm.api.schema import IGNORED_FIELDS
 
-    return "\n".join(
-        ["| field | why |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in IGNORED_FIELDS.items())]
-    )
+    return reasons(IGNORED_FIELDS, "why")
+
+
+def response_ignored() -> str:
+    from mlxvlm.api.responses.request import IGNORED_FIELDS
+
+    return reasons(IGNORED_FIELDS, "why")
+
+
+def message_ignored() -> str:
+    from mlxvlm.api.anthropic.request import IGNORED_FIELDS
+
+    return reasons(IGNORED_FIELDS, "why")
 
 
 def refused() -> str:
     from mlxvlm.api.base import REFUSED_FIELDS
 
-    return "\n".join(
-        ["| field | remedy |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in REFUSED_FIELDS.items())]
-    )
+    return reasons(REFUSED_FIELDS, "remedy")
 
 
 TABLES = {
@@ -77,6 +105,10 @@ TABLES = {
     "completion fields": completion_fields,
     "ignored": ignored,
     "refused": refused,
+    "response fields": response_fields,
+    "response ignored": response_ignored,
+    "message fields": message_fields,
+    "message ignored": message_ignored,
 }
 
 

@@ -55,11 +55,15 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
-    """`web_search_options`. location: the user's, as words ("Berlin, DE"); country: its ISO code, as far as known."""
+    """`web_search_options`. location: the user's, as words ("Berlin, DE"); country: its ISO code, as far as known.
+
+    max_uses: searches in one answer; pages that are read are not counted.
+    """
 
     context_size: ContextSize = "medium"
     location: str = ""
     country: str = ""
+    max_uses: int | None = None
 
     @classmethod
     def from_openai(cls, options: Mapping[str, Any]) -> SearchOptions:
@@ -74,7 +78,7 @@ class SearchOptions:
         words = [place[name] for name in ("city", "region", "country", "timezone") if place.get(name)]
         if not all(isinstance(word, str) and len(word) <= 100 for word in words):
             raise InputError("city, region, country and timezone of user_location must be short texts")
-        return cls(cast(ContextSize, size), ", ".join(words), place.get("country") or "")
+        return cls(cast(ContextSize, size), ", ".join(words), place.get("country") or "", options.get("max_uses"))
 
     @property
     def region(self) -> str:
@@ -119,6 +123,7 @@ class WebSearch:
     count_tokens: Callable[[str], int] = lambda text: len(text) // _CHARS_PER_TOKEN
     room: int | None = None
     sources: list[SearchResult] = field(default_factory=list)
+    num_uses: int = 0
 
     def tools(self) -> list[BoundTool]:
         """Search, and reading one page where there is a fetch."""
@@ -135,6 +140,10 @@ class WebSearch:
 
     async def _search(self, arguments: Mapping[str, Any]) -> str:
         query = _argument(arguments, "query")
+        most = self.options.max_uses
+        if most is not None and self.num_uses >= most:
+            raise InputError(f"no search is left of {most}: answer with what was found")
+        self.num_uses += 1
         async with asyncio.timeout(SEARCH_TIMEOUT_S):
             found = await call(self.search, query)
         results = [_result(one) for one in found[:MAX_RESULTS]]

@@ -75,7 +75,7 @@ class ChoiceAssembler:
         token_ids = list(delta.token_ids) if self._with_token_ids and delta.token_ids else None
         if (logprobs is not None or token_ids) and not pieces:
             pieces.append(self._piece(ChunkDelta()))
-        if pieces:
+        if logprobs is not None or token_ids:
             pieces[0] = pieces[0].model_copy(update={"logprobs": logprobs, "token_ids": token_ids})
         if delta.finish_reason is not None:
             self.usage = delta.usage

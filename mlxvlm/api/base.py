@@ -32,6 +32,9 @@ REFUSED_FIELDS: Mapping[str, str] = {
     "best_of": "answers are not ranked: ask for n of them",
     "conversation": "conversations are not kept: name the response to go on from in previous_response_id",
     "moderation": "this server moderates nothing: leave it out",
+    "filters": "searches are not bound to domains: say in a message whom to trust",
+    "allowed_domains": "searches are not bound to domains: say in a message whom to trust",
+    "blocked_domains": "searches are not bound to domains: say in a message whom not to trust",
 }
 
 MAX_FIELDS = 256  # of one object; each one that is not known costs an error of its own

@@ -21,6 +21,7 @@ MAX_MODEL_CHARS = 1024  # a path
 MAX_LABEL_CHARS = 512
 MAX_METADATA = 16  # OpenAI's limit
 MAX_TEMPLATE_VARIABLES = 64
+MAX_SEARCHES = 10_000  # no answer has so many
 
 # Fields that are checked and then passed over, with the reason.
 IGNORED_FIELDS: Mapping[str, str] = {
@@ -49,7 +50,9 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = _ignored("stream_options.include_obfuscation")
 
 
-class _Approximate(Body):
+class Place(Body):
+    """As far as it is told."""
+
     country: str | None = Field(None, max_length=MAX_LABEL_CHARS)
     region: str | None = Field(None, max_length=MAX_LABEL_CHARS)
     city: str | None = Field(None, max_length=MAX_LABEL_CHARS)
@@ -60,7 +63,7 @@ class UserLocation(Body):
     """Roughly where the user is."""
 
     type: Literal["approximate"]
-    approximate: _Approximate
+    approximate: Place
 
 
 class WebSearchOptions(Body):
@@ -70,6 +73,14 @@ class WebSearchOptions(Body):
         None, description="How much of pages it reads."
     )
     user_location: UserLocation | None = None
+    max_uses: int | None = Field(None, ge=1, le=MAX_SEARCHES, description="Extension. Most searches of an answer.")
+
+
+def search_options(place: Place | None, size: str | None = None, max_uses: int | None = None) -> dict[str, Any]:
+    """WebSearchOptions from the tools of other APIs, which name a place without a nested object."""
+    told = None if place is None else place.model_dump(include=set(Place.model_fields))
+    location = None if told is None else {"type": "approximate", "approximate": told}
+    return {"search_context_size": size, "user_location": location, "max_uses": max_uses}
 
 
 class ChatCompletionRequest(SamplingFields):

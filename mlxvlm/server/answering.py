@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias, cast
 
 from mlxvlm.engine.request import Delta, Request
 from mlxvlm.errors import AnswerTimeoutError, MlxvlmError
+from mlxvlm.server.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class Answering:
         self._pumps: list[asyncio.Task[None]] = []
         self._arrived: deque[tuple[int, Delta | MlxvlmError]] = deque()
         self._something = asyncio.Event()
+        self._is_silent = False
+        self._watch = Watch(patience.keep_alive_s, self._tell_silence)
         self._unprepared = self._unfinished = len(requests)
         self._has_tokens = False
         self._scope = asyncio.timeout(None)
@@ -97,6 +100,7 @@ class Answering:
             self._blame(error)
             raise
         await self._scope.__aenter__()
+        self._watch.__enter__()
         self._pumps = [asyncio.create_task(self._pump(index, each)) for index, each in enumerate(self._streams)]
         return self
 
@@ -104,6 +108,7 @@ class Answering:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cancel()
+        self._watch.__exit__()
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
@@ -154,13 +159,14 @@ class Answering:
 
     async def _wait(self) -> bool:
         """Whether something came within keep_alive_s."""
-        try:
-            async with asyncio.timeout(self._patience.keep_alive_s):
-                await self._something.wait()
-        except TimeoutError:
-            return False
+        await self._watch.wait(self._something.wait())
         self._something.clear()
-        return True
+        is_silent, self._is_silent = self._is_silent, False
+        return not is_silent
+
+    def _tell_silence(self) -> None:
+        self._is_silent = True
+        self._something.set()
 
     async def _pump(self, index: int, stream: Deltas) -> None:
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,10 +14,12 @@ from starlette.types import Receive, Scope, Send
 from mlxvlm.agent.rounds import Said
 from mlxvlm.api.assemble import ChatAssembler, plan_choices
 from mlxvlm.api.base import parse
+from mlxvlm.api.naming import named
 from mlxvlm.api.plan import ChatPlan, blame_of, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.api.usage import together
 from mlxvlm.engine.request import Delta, Usage
+from mlxvlm.server.answering import Answering
 from mlxvlm.server.connection import unless_gone
 from mlxvlm.server.doors import Doors
 from mlxvlm.server.models import LoadedModel
@@ -35,17 +38,13 @@ class ChatCompletions:
 
     async def _answer(self, body: ChatCompletionRequest, scope: Scope, send: Send) -> None:
         doors = self._doors
-        async with doors.models.acquire(body.model) as model:
-            offered = doors.tools.offered(body, model)
-            plan = chat_plan(body, model.engine.config.sampling, model.tools, offered.tools)
-            rounds = offered.submitter(plan)
-            blame = blame_of(body)
-            requests = await doors.with_pictures(plan.requests, blame)
-            async with doors.answering(model, requests, blame, rounds) as answering:
-                note = partial(doors.note_usage, scope, model.name)
-                assembler = chat_assembler(body, plan, model, has_rounds=rounds is not None)
-                reply = Reply(_Chat(body, assembler), answering, note)
-                await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))
+        async with (
+            doors.models.acquire(body.model) as model,
+            chat_answering(doors, body, model) as (answering, assembler),
+        ):
+            note = partial(doors.note_usage, scope, model.name)
+            reply = Reply(_Chat(body, assembler), answering, note)
+            await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +80,24 @@ class _Chat:
         return prompts[0] if self.body.return_token_ids else None
 
 
-def chat_assembler(
-    body: ChatCompletionRequest, plan: ChatPlan, model: LoadedModel, *, has_rounds: bool = False
-) -> ChatAssembler:
+@asynccontextmanager
+async def chat_answering(
+    doors: Doors, body: ChatCompletionRequest, model: LoadedModel, names: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[Answering, ChatAssembler]]:
+    """A chat on its way, with the server's tools where they are asked for, and what reads it.
+
+    names: a chat request's field -> that of the request which it was made of.
+    """
+    with named(names or {}):
+        offered = doors.tools.offered(body, model)
+        plan = chat_plan(body, model.engine.config.sampling, model.tools, offered.tools)
+    rounds, blame = offered.submitter(plan), blame_of(body, names)
+    requests = await doors.with_pictures(plan.requests, blame)
+    async with doors.answering(model, requests, blame, rounds) as answering:
+        yield answering, _assembler(body, plan, model, has_rounds=rounds is not None)
+
+
+def _assembler(body: ChatCompletionRequest, plan: ChatPlan, model: LoadedModel, *, has_rounds: bool) -> ChatAssembler:
     """For the choices of one request. has_rounds: their Deltas are RoundDeltas."""
     engine = model.engine
     parser = Said if has_rounds else plan.parser

@@ -18,7 +18,7 @@ from mlxvlm.api.base import parse
 from mlxvlm.api.naming import named
 from mlxvlm.api.plan import blame_of, chat_plan
 from mlxvlm.api.schema import ChatCompletionRequest
-from mlxvlm.server.chat_completions import chat_assembler
+from mlxvlm.server.chat_completions import chat_answering
 from mlxvlm.server.connection import unless_gone
 from mlxvlm.server.doors import Doors
 from mlxvlm.server.outgoing import Framing, Reply
@@ -48,15 +48,13 @@ class Messages:
 
     async def _answer(self, body: ChatCompletionRequest, scope: Scope, send: Send) -> None:
         doors = self._doors
-        async with doors.models.acquire(body.model) as model:
-            with named(NAMES):
-                plan = chat_plan(body, model.engine.config.sampling, model.tools)
-            blame = blame_of(body, NAMES)
-            requests = await doors.with_pictures(plan.requests, blame)
-            async with doors.answering(model, requests, blame) as answering:
-                assembler = MessageAssembler(chat_assembler(body, plan, model), model.name)
-                reply = Reply(assembler, answering, partial(doors.note_usage, scope, model.name), FRAMING)
-                await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))
+        async with (
+            doors.models.acquire(body.model) as model,
+            chat_answering(doors, body, model, NAMES) as (answering, assembler),
+        ):
+            message = MessageAssembler(assembler, model.name)
+            reply = Reply(message, answering, partial(doors.note_usage, scope, model.name), FRAMING)
+            await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))
 
 
 async def count_tokens(doors: Doors, request: Request) -> Response:
@@ -64,7 +62,8 @@ async def count_tokens(doors: Doors, request: Request) -> Response:
     body = chat_request(parse(CountTokensRequest, await doors.read_json(request)))
     async with doors.models.acquire(body.model) as model:
         with named(NAMES):
-            plan = chat_plan(body, model.engine.config.sampling, model.tools)
+            offered = doors.tools.offered(body, model)
+            plan = chat_plan(body, model.engine.config.sampling, model.tools, offered.tools)
         asked, *_ = await doors.with_pictures(plan.requests, blame_of(body, NAMES))
         process = model.engine.processor
         prompt = await asyncio.to_thread(process, asked.messages, asked.template, asked.image_options)

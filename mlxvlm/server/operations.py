@@ -79,7 +79,8 @@ class TokenRoutes:
         given = {name: getattr(body, name) for name in ("messages", "tools", "chat_template_kwargs")}
         # Checked already: the same models are inside.
         chat = ChatCompletionRequest.model_construct(**{name: each for name, each in given.items() if each is not None})
-        plan = chat_plan(chat, model.engine.config.sampling, model.tools)
+        own = self._doors.tools.offered(chat, model).tools
+        plan = chat_plan(chat, model.engine.config.sampling, model.tools, own)
         blame = blame_of(chat)
         [asked] = await self._doors.with_pictures(plan.requests, blame)
 

@@ -19,8 +19,6 @@ from starlette.types import Receive, Scope, Send
 from mlxvlm.agent.reader import is_json
 from mlxvlm.api.base import parse
 from mlxvlm.api.messages import ChatMessage
-from mlxvlm.api.naming import named
-from mlxvlm.api.plan import blame_of, chat_plan
 from mlxvlm.api.responses.answers import Deleted, ItemList, OutputMessage, Response, ResponseError
 from mlxvlm.api.responses.assemble import ResponseAssembler
 from mlxvlm.api.responses.convert import NAMES, chat_request, turns_of
@@ -30,7 +28,7 @@ from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.api.turns import Turns, with_sources
 from mlxvlm.engine.request import Usage
 from mlxvlm.errors import ImageError, MlxvlmError, OverloadedError, RequestError
-from mlxvlm.server.chat_completions import chat_assembler
+from mlxvlm.server.chat_completions import chat_answering
 from mlxvlm.server.connection import unless_gone
 from mlxvlm.server.doors import Doors, FetchPicture
 from mlxvlm.server.models import LoadedModel
@@ -192,12 +190,8 @@ class Responses:
     ) -> AsyncIterator[Reply]:
         """The answer on its way, which is stored at its end."""
         doors = replace(self._doors, fetch_picture=asked.seen)
-        with named(NAMES):
-            plan = chat_plan(asked.chat, model.engine.config.sampling, model.tools)
-        blame = blame_of(asked.chat, NAMES)
-        requests = await doors.with_pictures(plan.requests, blame)
-        async with doors.answering(model, requests, blame) as answering:
-            assembler = ResponseAssembler(chat_assembler(asked.chat, plan, model), response)
+        async with chat_answering(doors, asked.chat, model, NAMES) as (answering, chat):
+            assembler = ResponseAssembler(chat, response)
 
             def end(usage: Usage) -> None:
                 note(usage)

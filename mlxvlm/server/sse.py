@@ -9,6 +9,8 @@ from contextlib import aclosing
 from pydantic import BaseModel
 from starlette.types import Send
 
+from mlxvlm.server.watch import Watch
+
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = (
@@ -34,8 +36,9 @@ def named_frame(body: BaseModel) -> bytes:
 async def send_events(send: Send, events: AsyncGenerator[bytes, None], send_timeout_s: float) -> None:
     """A whole event stream, one write for each piece. Raises TimeoutError where one is not taken in that time."""
     await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-    async with aclosing(events):
-        async for data in events:
-            async with asyncio.timeout(send_timeout_s):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as scope, aclosing(events):
+        with Watch(send_timeout_s, lambda: scope.reschedule(loop.time())) as watch:
+            async for data in events:
+                await watch.wait(send({"type": "http.response.body", "body": data, "more_body": True}))
     await send({"type": "http.response.body", "body": b""})

@@ -204,7 +204,7 @@ def test_tokens_are_counted(client: anthropic.Anthropic, messages: Any) -> None:
         ({"extra_body": {"stop": "x"}}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"extra_body": {"temperature": "hot"}}, "temperature"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "--enable-search"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tool_choice": {"type": "tool"}, "tools": [TOOL]}, "tool_choice"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),

@@ -10,12 +10,22 @@ from pydantic import BaseModel
 StopReason: TypeAlias = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
+class Citation(BaseModel):
+    """A source of the web that a text names. What of it is not told: the server keeps no results."""
+
+    type: Literal["web_search_result_location"] = "web_search_result_location"
+    url: str
+    title: str
+    cited_text: str = ""
+    encrypted_index: str = ""
+
+
 class TextBlock(BaseModel):
     """What the model said."""
 
     type: Literal["text"] = "text"
     text: str
-    citations: None = None
+    citations: list[Citation] | None = None
 
 
 class ToolUseBlock(BaseModel):
@@ -93,12 +103,19 @@ class InputDelta(BaseModel):
     partial_json: str
 
 
+class CitationsDelta(BaseModel):
+    """A source of a text."""
+
+    type: Literal["citations_delta"] = "citations_delta"
+    citation: Citation
+
+
 class BlockDelta(BaseModel):
     """A piece of a block."""
 
     type: Literal["content_block_delta"] = "content_block_delta"
     index: int
-    delta: TextDelta | InputDelta
+    delta: TextDelta | InputDelta | CitationsDelta
 
 
 class BlockStop(BaseModel):

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pydantic import BaseModel
 from pydantic_core import from_json
 
-from mlxvlm.api.answers import ChatCompletionChunk, FinishReason, ToolCallDelta
+from mlxvlm.api.answers import ChatCompletionChunk, FinishReason, ToolCallDelta, UrlCitation
 from mlxvlm.api.anthropic.answers import (
     Block,
     BlockDelta,
     BlockStart,
     BlockStop,
+    Citation,
+    CitationsDelta,
     Event,
     InputDelta,
     Message,
@@ -45,6 +47,7 @@ class MessageAssembler:
         self._model = model
         self._blocks: list[Block] = []
         self._pieces: list[str] = []  # of the last block, which is open
+        self._citations: list[Citation] = []
         self._call: int | None = None  # the last block's, where it is a call
         self._reason: FinishReason | None = None
         self._stop: str | None = None
@@ -68,6 +71,9 @@ class MessageAssembler:
                 yield self._delta(TextDelta(text=choice.delta.content), choice.delta.content)
             for call in choice.delta.tool_calls or ():
                 yield from self._called(call)
+            if self._blocks and self._call is None:  # sources are told at the end: a call of the client's ends it too
+                for each in choice.delta.annotations or ():
+                    yield self._cite(each.url_citation)
             if choice.finish_reason is not None:
                 self._reason, self._stop = choice.finish_reason, choice.stop_string
 
@@ -102,6 +108,10 @@ class MessageAssembler:
         if call.function.arguments:
             yield self._delta(InputDelta(partial_json=call.function.arguments), call.function.arguments)
 
+    def _cite(self, cited: UrlCitation) -> Event:
+        self._citations.append(Citation(url=cited.url, title=cited.title))
+        return BlockDelta(index=len(self._blocks) - 1, delta=CitationsDelta(citation=self._citations[-1]))
+
     def _open(self, block: Block, call: int | None) -> Iterator[Event]:
         yield from self._close()
         self._blocks.append(block)
@@ -116,9 +126,10 @@ class MessageAssembler:
         if not self._blocks:
             return
         said, block = "".join(self._pieces), self._blocks[-1]
-        fields = {"text": said} if isinstance(block, TextBlock) else {"input": _object(said)}
+        is_text = isinstance(block, TextBlock)
+        fields = {"text": said, "citations": self._citations or None} if is_text else {"input": _object(said)}
         self._blocks[-1] = block.model_copy(update=fields)
-        self._pieces = []
+        self._pieces, self._citations = [], []
         yield BlockStop(index=len(self._blocks) - 1)
 
     def _stop_reason(self) -> StopReason:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlxvlm.agent.web_search import SEARCH_NAME
 from mlxvlm.api.anthropic.request import (
     AssistantMessage,
     Base64Source,
@@ -13,8 +14,10 @@ from mlxvlm.api.anthropic.request import (
     ImageBlock,
     Message,
     MessagesRequest,
+    SearchTool,
     SystemMessage,
     TextBlock,
+    Tool,
     ToolResultBlock,
     ToolUseBlock,
     UserBlock,
@@ -24,7 +27,7 @@ from mlxvlm.api.base import parse
 from mlxvlm.api.messages import TextContent
 from mlxvlm.api.naming import named
 from mlxvlm.api.sampling import SamplingFields
-from mlxvlm.api.schema import ChatCompletionRequest
+from mlxvlm.api.schema import ChatCompletionRequest, search_options
 from mlxvlm.api.turns import Shown, Turns, picture
 from mlxvlm.errors import RequestError
 
@@ -34,6 +37,7 @@ NAMES: Mapping[str, str] = {
     "max_completion_tokens": "max_tokens",
     "reasoning_effort": "output_config.effort",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    "web_search_options": "tools",
 }
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR = "Error: "  # before what a tool that failed returned, as the loop of agent/ writes it
@@ -57,6 +61,7 @@ def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
         "messages": turns.messages(),
         "tools": _tools(body),
         "tool_choice": _choice(body),
+        "web_search_options": _search(body),
         "parallel_tool_calls": not (choice is not None and choice.disable_parallel_tool_use),
         "response_format": _format(body),
         "reasoning_effort": None if body.output_config is None else body.output_config.effort,
@@ -132,7 +137,13 @@ def _tools(body: CountTokensRequest) -> list[dict[str, Any]]:
             },
         }
         for tool in body.tools or ()
+        if isinstance(tool, Tool)
     ]
+
+
+def _search(body: CountTokensRequest) -> dict[str, Any] | None:
+    search = next((tool for tool in body.tools or () if isinstance(tool, SearchTool)), None)
+    return None if search is None else search_options(search.user_location, max_uses=search.max_uses)
 
 
 def _choice(body: CountTokensRequest) -> Any:
@@ -143,7 +154,8 @@ def _choice(body: CountTokensRequest) -> Any:
         return _CHOICES[choice.type]
     if choice.name is None:
         raise RequestError("tool_choice needs the tool's name", "tool_choice.name", "missing_required_parameter")
-    return {"type": "function", "function": {"name": choice.name}}
+    is_search = any(isinstance(tool, SearchTool) and tool.name == choice.name for tool in body.tools or ())
+    return {"type": "function", "function": {"name": SEARCH_NAME if is_search else choice.name}}
 
 
 def _format(body: CountTokensRequest) -> dict[str, Any] | None:

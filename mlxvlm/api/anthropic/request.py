@@ -13,7 +13,7 @@ from pydantic import Field, Tag
 from mlxvlm.api.base import Body, Returned, by, one_of, text_or
 from mlxvlm.api.messages import MAX_MESSAGES, MAX_NAME_CHARS, MAX_PARTS
 from mlxvlm.api.sampling import MAX_STOP_CHARS, MAX_TOKENS, SamplingFields
-from mlxvlm.api.schema import MAX_LABEL_CHARS, MAX_METADATA, MAX_MODEL_CHARS
+from mlxvlm.api.schema import MAX_LABEL_CHARS, MAX_METADATA, MAX_MODEL_CHARS, MAX_SEARCHES, Place
 from mlxvlm.api.tools import MAX_DESCRIPTION_CHARS, MAX_TOOLS, NAME_PATTERN
 from mlxvlm.engine.params import MAX_STOP_STRINGS
 
@@ -28,11 +28,14 @@ _BLOCKS_INSTEAD = {
     "image_url": "a picture is {'type': 'image', 'source': {'type': 'url', 'url': ...}}",
     "document": "send its text, or pictures of its pages as image",
     "search_result": "send its text",
-    "server_tool_use": "tools of the server are not offered here",
+    "server_tool_use": "what the server's tools did is not told, so leave it out",
     "web_search_tool_result": "send its text",
 }
 _IN_USER = dict.fromkeys(("image", "tool_result"), "it belongs into messages of the user")
-_SERVER_TOOLS = "only tools of the client are: {'name': ..., 'input_schema': ...}"
+_SERVER_TOOLS = (
+    "the server's tools here are web_search_20250305 and those of --mcp-config; others are the client's: "
+    "{'name': ..., 'input_schema': ...}"
+)
 _Cache: TypeAlias = Annotated[
     dict[str, Any], Field(max_length=MAX_METADATA, description=f"Ignored: {IGNORED_FIELDS['cache_control']}.")
 ]
@@ -192,12 +195,35 @@ class Tool(Returned):
     eager_input_streaming: bool | None = Field(None, description="Ignored: input is streamed as soon as it is sure.")
 
 
+class UserPlace(Place, Returned):
+    """Roughly where the user is."""
+
+    type: Literal["approximate"]
+
+
+class SearchTool(Returned):
+    """Lets the model search the web, on a server that was started with it."""
+
+    type: Literal["web_search_20250305"]
+    name: Literal["web_search"]
+    max_uses: int | None = Field(None, ge=1, le=MAX_SEARCHES, description="Most searches of an answer.")
+    user_location: UserPlace | None = None
+    cache_control: _Cache | None = None
+
+
 class ToolChoice(Returned):
     """Which tools the model may or must use."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = Field(None, description="With `tool`.")
     disable_parallel_tool_use: bool | None = Field(None, description="At most one tool use in an answer.")
+
+
+AnyTool: TypeAlias = Annotated[
+    Annotated[Tool, Tag("<custom>")] | Annotated[SearchTool, Tag("<web_search_20250305>")],
+    by("type", "custom"),
+    one_of("type", "custom", "web_search_20250305", default="custom", other=_SERVER_TOOLS),
+]
 
 
 class OutputFormat(Body):
@@ -227,15 +253,18 @@ class CountTokensRequest(Body):
         description="The chat so far; the last turn is the user's.",
     )
     system: System | None = Field(None, description="Instructions: a text, or text blocks.")
-    tools: list[Annotated[Tool, one_of("type", "custom", default="custom", other=_SERVER_TOOLS)]] | None = Field(
-        None, max_length=MAX_TOOLS, fail_fast=True, description="Functions that the model may ask for."
+    tools: list[AnyTool] | None = Field(
+        None,
+        max_length=MAX_TOOLS,
+        fail_fast=True,
+        description="Functions that the model may ask for; and web_search_20250305, on a server with --enable-search.",
     )
     tool_choice: ToolChoice | None = Field(None, description="`auto`, `any`, `tool` with a name, or `none`.")
     output_config: OutputConfig | None = Field(None, description="`format`: a JSON schema that binds the answer.")
     thinking: dict[str, Any] | None = Field(
         None, max_length=MAX_METADATA, description=f"Ignored: {IGNORED_FIELDS['thinking']}."
     )
-    cache_control: _Cache | None = None
+    cache_control: _Cache | None = Field(None, description=f"Ignored: {IGNORED_FIELDS['cache_control']}.")
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel
 
+from mlxvlm.api import answers
 from mlxvlm.api.answers import TokenLogprob
 from mlxvlm.api.responses.items import InputText
-from mlxvlm.api.responses.request import FunctionTool, TextConfig, ToolChoice
+from mlxvlm.api.responses.request import TextConfig, Tool, ToolChoice
 
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 Status: TypeAlias = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+
+
+class UrlCitation(answers.UrlCitation):
+    """A source of the web, and the characters [start_index, end_index) of the text that name it."""
+
+    type: Literal["url_citation"] = "url_citation"
 
 
 class OutputText(BaseModel):
@@ -19,7 +26,7 @@ class OutputText(BaseModel):
 
     type: Literal["output_text"] = "output_text"
     text: str
-    annotations: list[Any] = []
+    annotations: list[UrlCitation] = []
     logprobs: list[TokenLogprob] = []
 
 
@@ -120,7 +127,7 @@ class Response(BaseModel):
     temperature: float | None
     text: TextConfig
     tool_choice: ToolChoice
-    tools: list[FunctionTool]
+    tools: list[Tool]
     top_logprobs: int | None
     top_p: float | None
     truncation: Literal["auto", "disabled"]
@@ -180,6 +187,18 @@ class TextDone(BaseModel):
     logprobs: list[TokenLogprob]
 
 
+class AnnotationAdded(BaseModel):
+    """A place of a text that rests on a source."""
+
+    type: Literal["response.output_text.annotation.added"] = "response.output_text.annotation.added"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    annotation_index: int
+    annotation: UrlCitation
+
+
 class ArgumentsDelta(BaseModel):
     """A piece of a call's arguments."""
 
@@ -201,7 +220,9 @@ class ArgumentsDone(BaseModel):
     arguments: str
 
 
-Event: TypeAlias = ResponseEvent | ItemEvent | PartEvent | TextDelta | TextDone | ArgumentsDelta | ArgumentsDone
+Event: TypeAlias = (
+    ResponseEvent | ItemEvent | PartEvent | TextDelta | TextDone | AnnotationAdded | ArgumentsDelta | ArgumentsDone
+)
 
 
 class ShownImage(BaseModel):

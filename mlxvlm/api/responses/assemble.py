@@ -13,9 +13,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from mlxvlm.api import answers
 from mlxvlm.api.answers import ChatCompletionChunk, FinishReason, TokenLogprob, ToolCallDelta, Usage
 from mlxvlm.api.assemble import ChatAssembler
 from mlxvlm.api.responses.answers import (
+    AnnotationAdded,
     ArgumentsDelta,
     ArgumentsDone,
     Event,
@@ -35,6 +37,7 @@ from mlxvlm.api.responses.answers import (
     Status,
     TextDelta,
     TextDone,
+    UrlCitation,
 )
 from mlxvlm.api.responses.shown import new_id
 from mlxvlm.api.usage import together
@@ -46,14 +49,17 @@ _SPEEDS = tuple(name for name in ResponseUsage.model_fields if name.endswith("_s
 
 @dataclass(slots=True)
 class _Text:
-    """A message that is being said."""
+    """A message that is being said. start: characters of the whole answer before it."""
 
+    start: int
     id: str = field(default_factory=lambda: new_id("msg"))
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    annotations: list[UrlCitation] = field(default_factory=list)
 
     def part(self) -> OutputText:
-        return OutputText(text="".join(self.pieces), logprobs=list(self.logprobs))
+        text, annotations = "".join(self.pieces), list(self.annotations)
+        return OutputText(text=text, annotations=annotations, logprobs=list(self.logprobs))
 
     def item(self, status: ItemStatus) -> OutputMessage:
         content = [] if status == "in_progress" else [self.part()]
@@ -88,6 +94,7 @@ class ResponseAssembler:
         self._reason: FinishReason | None = None
         self._logprobs: list[TokenLogprob] = []  # of text that is still to come
         self._begun = False
+        self._num_chars = 0
 
     def begin(self, prompts: Sequence[tuple[int, ...]] = ()) -> Iterator[Event]:
         """The first events."""
@@ -109,6 +116,8 @@ class ResponseAssembler:
                 yield from self._say(choice.delta.content)
             for call in choice.delta.tool_calls or ():
                 yield from self._call(call)
+            for annotation in choice.delta.annotations or ():
+                yield from self._cite(annotation.url_citation)
             self._reason = choice.finish_reason or self._reason
 
     def end(self) -> Iterator[Event]:
@@ -160,13 +169,23 @@ class ResponseAssembler:
         assert isinstance(self._open, _Text)
         logprobs, self._logprobs = self._logprobs, []
         self._open.pieces.append(text)
+        self._num_chars += len(text)
         self._open.logprobs += logprobs
         yield TextDelta(delta=text, logprobs=logprobs, **self._place())
 
     def _open_text(self) -> Iterator[Event]:
-        self._open = _Text()
+        self._open = _Text(self._num_chars)
         yield self._item("added", self._open.item("in_progress"))
         yield PartEvent(type="response.content_part.added", part=OutputText(text=""), **self._place())
+
+    def _cite(self, cited: answers.UrlCitation) -> Iterator[Event]:
+        """Sources are told at the answer's end: what was said before a call of the client's has none."""
+        if not isinstance(self._open, _Text) or cited.start_index < self._open.start:
+            return
+        places = {name: getattr(cited, name) - self._open.start for name in ("start_index", "end_index")}
+        self._open.annotations.append(UrlCitation(url=cited.url, title=cited.title, **places))
+        index = len(self._open.annotations) - 1
+        yield AnnotationAdded(annotation_index=index, annotation=self._open.annotations[-1], **self._place())
 
     def _call(self, call: ToolCallDelta) -> Iterator[Event]:
         self._logprobs = []  # those of calls have no place here

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from mlxvlm.agent.web_search import SEARCH_NAME
 from mlxvlm.api.base import parse
 from mlxvlm.api.messages import ChatMessage, SystemMessage, TextContent
 from mlxvlm.api.naming import named
@@ -20,9 +21,17 @@ from mlxvlm.api.responses.items import (
     OutputText,
     Reasoning,
 )
-from mlxvlm.api.responses.request import LOGPROBS, JsonSchemaFormat, ResponsesRequest
+from mlxvlm.api.responses.request import (
+    LOGPROBS,
+    FunctionTool,
+    JsonSchemaFormat,
+    NamedTool,
+    ResponsesRequest,
+    SearchChoice,
+    SearchTool,
+)
 from mlxvlm.api.sampling import SamplingFields
-from mlxvlm.api.schema import ChatCompletionRequest
+from mlxvlm.api.schema import ChatCompletionRequest, search_options
 from mlxvlm.api.turns import Shown, Turns, picture
 from mlxvlm.errors import RequestError
 
@@ -32,6 +41,7 @@ NAMES: Mapping[str, str] = {
     "response_format": "text.format",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
+    "web_search_options": "tools",
 }
 
 AnyItem: TypeAlias = AskedMessage | InstructingMessage | AnswerMessage | FunctionCall | FunctionCallOutput | Reasoning
@@ -103,6 +113,7 @@ def chat_request(body: ResponsesRequest, turns: Sequence[ChatMessage]) -> ChatCo
                 "response_format": _format(body),
                 "tools": _tools(body),
                 "tool_choice": _choice(body),
+                "web_search_options": _search(body),
                 "logprobs": wants_logprobs,
                 "top_logprobs": body.top_logprobs if wants_logprobs else None,
                 "truncate_sequence": body.truncation == "auto",
@@ -123,15 +134,30 @@ def _format(body: ResponsesRequest) -> dict[str, Any] | None:
 
 
 def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools or ()]
+    return [
+        {"type": "function", "function": tool.model_dump(exclude={"type"})}
+        for tool in body.tools or ()
+        if isinstance(tool, FunctionTool)
+    ]
+
+
+def _search(body: ResponsesRequest) -> dict[str, Any] | None:
+    searches = [tool for tool in body.tools or () if isinstance(tool, SearchTool)]
+    if not searches:
+        return None
+    if len(searches) > 1:
+        raise RequestError("two tools search the web: give one", "tools")
+    return search_options(searches[0].user_location, searches[0].search_context_size)
 
 
 def _choice(body: ResponsesRequest) -> Any:
     choice = body.tool_choice
     if choice is None or isinstance(choice, str):
         return choice
-    if choice.type == "function":
+    if isinstance(choice, NamedTool):
         return _named(choice.name)
+    if isinstance(choice, SearchChoice):
+        return _named(SEARCH_NAME)
     some = {"mode": choice.mode, "tools": [_named(tool.name) for tool in choice.tools]}
     return {"type": "allowed_tools", "allowed_tools": some}
 

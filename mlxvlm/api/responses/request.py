@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from mlxvlm.api.base import Body, Returned, by, one_of, text_or
 from mlxvlm.api.messages import MAX_MESSAGES
 from mlxvlm.api.responses.items import Item
 from mlxvlm.api.sampling import MAX_TOKENS, SamplingFields
-from mlxvlm.api.schema import MAX_LABEL_CHARS, MAX_METADATA, MAX_MODEL_CHARS, MAX_TEMPLATE_VARIABLES
+from mlxvlm.api.schema import MAX_LABEL_CHARS, MAX_METADATA, MAX_MODEL_CHARS, MAX_TEMPLATE_VARIABLES, Place
 from mlxvlm.api.tools import MAX_DESCRIPTION_CHARS, MAX_TOOLS, NAME_PATTERN, JsonObjectFormat, JsonSchema, TextFormat
 from mlxvlm.engine.params import MAX_TOP_LOGPROBS
 
@@ -28,16 +28,26 @@ IGNORED_FIELDS: Mapping[str, str] = {
 }
 _FUNCTIONS_ONLY = dict.fromkeys(
     (
-        *("web_search", "web_search_preview", "file_search", "computer_use_preview", "computer", "mcp"),
-        *("code_interpreter", "image_generation", "local_shell", "shell", "apply_patch", "custom"),
+        *("file_search", "computer_use_preview", "computer", "code_interpreter", "image_generation"),
+        *("local_shell", "shell", "apply_patch", "custom"),
     ),
     "give a function: {'type': 'function', 'name': ..., 'parameters': ...}",
-)
+) | {"mcp": "the server has MCP servers of its own: start it with --mcp-config, then their tools are offered to all"}
+# The versions differ in what this server has no use for.
+_SEARCHES = ("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11")
+_Search: TypeAlias = Literal[
+    "web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"
+]
 _Name: TypeAlias = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 def _ignored(name: str) -> Any:
     return Field(None, max_length=MAX_LABEL_CHARS, description=f"Ignored: {IGNORED_FIELDS[name]}.")
+
+
+def _kind_of(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return "search" if kind in _SEARCHES else str(kind)
 
 
 class FunctionTool(Returned):
@@ -48,6 +58,29 @@ class FunctionTool(Returned):
     description: str | None = Field(None, max_length=MAX_DESCRIPTION_CHARS)
     parameters: dict[str, Any] = Field(default_factory=dict, description="JSON schema of the arguments.")
     strict: bool | None = Field(None, description="Arguments are bound to the schema exactly; left out: they are not.")
+
+
+class UserPlace(Place, Returned):
+    """Roughly where the user is."""
+
+    type: Literal["approximate"] | None = None
+
+
+class SearchTool(Returned):
+    """Lets the model search the web, on a server that was started with it."""
+
+    type: _Search
+    search_context_size: Literal["low", "medium", "high"] | None = Field(
+        None, description="How much of pages it reads."
+    )
+    user_location: UserPlace | None = None
+    external_web_access: Literal[True] | None = Field(None, description="Only true: searches are live.")
+
+
+class SearchChoice(Returned):
+    """A search of the web comes first."""
+
+    type: _Search
 
 
 class NamedTool(Returned):
@@ -68,9 +101,16 @@ class AllowedTools(Returned):
 
 
 _ToolObject: TypeAlias = Annotated[
-    Annotated[NamedTool, Tag("<function>")] | Annotated[AllowedTools, Tag("<allowed_tools>")],
-    by("type"),
-    one_of("type", "function", "allowed_tools", remedies=_FUNCTIONS_ONLY),
+    Annotated[NamedTool, Tag("<function>")]
+    | Annotated[AllowedTools, Tag("<allowed_tools>")]
+    | Annotated[SearchChoice, Tag("<search>")],
+    Discriminator(lambda value: f"<{_kind_of(value)}>"),
+    one_of("type", "function", "allowed_tools", *_SEARCHES, remedies=_FUNCTIONS_ONLY),
+]
+Tool: TypeAlias = Annotated[
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[SearchTool, Tag("<search>")],
+    Discriminator(lambda value: f"<{_kind_of(value)}>"),
+    one_of("type", "function", *_SEARCHES, remedies=_FUNCTIONS_ONLY),
 ]
 ToolChoice: TypeAlias = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[_ToolObject, Tag("<object>")],
@@ -143,11 +183,14 @@ class ResponsesRequest(SamplingFields):
     text: TextConfig | None = Field(
         None, description="`format`: text, json_object, or json_schema with a schema that the answer is bound to."
     )
-    tools: list[Annotated[FunctionTool, one_of("type", "function", remedies=_FUNCTIONS_ONLY)]] | None = Field(
-        None, max_length=MAX_TOOLS, fail_fast=True, description="Functions that the model may ask for."
+    tools: list[Tool] | None = Field(
+        None,
+        max_length=MAX_TOOLS,
+        fail_fast=True,
+        description="Functions that the model may ask for; and web_search, on a server with --enable-search.",
     )
     tool_choice: ToolChoice | None = Field(
-        None, description="`none`, `auto`, `required`, one function by name, or allowed_tools."
+        None, description="`none`, `auto`, `required`, one function by name, {'type': 'web_search'}, or allowed_tools."
     )
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer.")
     include: (
