@@ -17,6 +17,8 @@ from mlxvlm.engine.request import Request
 from mlxvlm.messages import Message, user
 from mlxvlm.processors.base import Prompt
 
+SIDE = 336  # pixels of a Llama 4 tile
+
 
 class Work:
     def __init__(self, folder: str) -> None:
@@ -37,6 +39,12 @@ class Work:
         states = [row.vision for row in inputs.rows if row.vision is not None]
         mx.eval(inputs.embeds, [(state.keys, state.values) for state in states])
         return time.perf_counter() - begun
+
+    def unfold(self, frames: int) -> float:
+        cut = self.model.vision_model.patch_embedding.cut  # type: ignore[attr-defined]
+        pixels = mx.zeros((frames, 3, SIDE, SIDE))
+        mx.eval(pixels)
+        return least(lambda: mx.eval(mx.contiguous(cut(pixels))))
 
     def step(self, length: int, tokens: int) -> float:
         return self._gap([Prompt((5,) * length)], tokens)
