@@ -17,11 +17,12 @@ Shape = tuple[int, ...]
 
 
 class Node(NamedTuple):
-    """One primitive; shapes of all that it reads and makes."""
+    """One primitive; shapes of all that it reads and makes, and the types of what it makes."""
 
     name: str
     reads: tuple[Shape, ...]
     makes: tuple[Shape, ...]
+    dtypes: tuple[mx.Dtype, ...]
 
 
 def with_arrays(value: Any, swap: Callable[[mx.array], mx.array]) -> Any:
@@ -47,7 +48,6 @@ def trace_step(model: VisionLanguageModel, batch: KVBatch, tokens: mx.array, row
     """
     held: list[mx.array] = []
     with_arrays((batch, list(rows)), lambda array: held.append(array) or array)
-    records: list[dict[str, Any]] = []
 
     def step(tokens: mx.array, *arrays: mx.array) -> mx.array:
         given = iter(arrays)
@@ -55,9 +55,23 @@ def trace_step(model: VisionLanguageModel, batch: KVBatch, tokens: mx.array, row
         hidden = model(model.embed_tokens(tokens, states), own.forward().layers)
         return model.logits(hidden[:, -1])
 
-    mx.export_function(records.append, step, tokens, *held)
+    return trace(step, tokens, *held)
+
+
+def trace(function: Callable[..., Any], *arrays: mx.array) -> list[Node]:
+    """The graph of what a function makes of arrays. Raises ValueError where anything is evaluated or read."""
+    records: list[dict[str, Any]] = []
+    mx.disable_compile()  # what is compiled is one primitive, which can't be looked into
+    try:
+        mx.export_function(records.append, function, *arrays)
+    finally:
+        mx.enable_compile()
     return [
-        Node(record["name"], *(tuple(shape for _, shape, _ in record[side]) for side in ("inputs", "outputs")))
+        Node(
+            record["name"],
+            *(tuple(shape for _, shape, _ in record[side]) for side in ("inputs", "outputs")),
+            tuple(dtype for _, _, dtype in record["outputs"]),
+        )
         for record in records
         if record["type"] == "primitive"
     ]

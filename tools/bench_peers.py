@@ -134,6 +134,8 @@ def computing(family: str, python: Path, work: Path, args: argparse.Namespace) -
     try:
         if "vision" in args.only:
             found["vision"] = turns("vision", image=image)
+            if family == "llama4":
+                found["unfold"] = turns("unfold", frames=1)
         if "prefill" in args.only:
             found["prefill_512"] = prefills()
         if "decode" in args.only:

@@ -244,11 +244,14 @@ class PatchEmbedding(nn.Module):
         self._grid, self._patch = config.grid, config.patch_size
 
     def __call__(self, pixels: mx.array) -> mx.array:
+        return self.linear(self.cut(pixels))
+
+    def cut(self, pixels: mx.array) -> mx.array:
+        """[F, C, H, W] -> [F, P, C * p * p]."""
         frames, channels = pixels.shape[:2]
         grid, patch = self._grid, self._patch
         cells = pixels[..., : grid * patch, : grid * patch].reshape(frames, channels, grid, patch, grid, patch)
-        patches = cells.transpose(0, 2, 4, 1, 3, 5).reshape(frames, grid * grid, -1)  # [F, P, C * p * p]
-        return self.linear(patches)
+        return cells.transpose(0, 2, 4, 1, 3, 5).reshape(frames, grid * grid, -1)
 
 
 class AdapterMLP(nn.Module):

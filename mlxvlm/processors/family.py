@@ -59,6 +59,7 @@ class FamilyProcessor(ABC, Generic[Settings]):
         self.max_context = context_length(files.config)
         self.image_token_id = self.find_image_token(files)
         self.image_token = str(self.tokenizer.backend.id_to_token(self.image_token_id))
+        self._repeated = self.image_token_id if self.tokenizer.stands_alone(self.image_token_id) else None
 
     @abstractmethod
     def find_image_token(self, files: ProcessorFiles) -> int:
@@ -121,7 +122,8 @@ class FamilyProcessor(ABC, Generic[Settings]):
         check_markers(rendered, self.marker, len(sources))
         images = self._prepare_all(sources, options)
         expansions = [self.expansion(pixels, layout) for pixels, layout, _ in images]
-        token_ids = self.tokenizer.encode_prompt(expand_placeholders(rendered, self.marker, expansions))
+        expanded = expand_placeholders(rendered, self.marker, expansions)
+        token_ids = self.tokenizer.encode_prompt(expanded, self._repeated)
         counts = [self.num_placeholders(pixels, layout) for pixels, layout, _ in images]
         spans = placeholder_spans(token_ids, self.image_token_id, counts, self.image_token)
         prepared = [

@@ -110,10 +110,29 @@ class Tokenizer:
             raise InputError("the text holds half of a surrogate pair, which is no character: remove it") from error
         return ids
 
-    def encode_prompt(self, rendered: str) -> list[int]:
-        """Ids of a rendered chat with exactly one BOS: the template's own, or the tokenizer's where it wrote none."""
+    def encode_prompt(self, rendered: str, repeated: int | None = None) -> list[int]:
+        """Ids of a rendered chat with exactly one BOS: the template's own, or the tokenizer's where it wrote none.
+
+        repeated: a token that stands in long runs and for which `stands_alone`: it is read once a run.
+        """
         bos = self.special_tokens.get("bos_token")
-        return self.encode(rendered, add_special_tokens=not (bos and rendered.startswith(bos)))
+        adds = not (bos and rendered.startswith(bos))
+        if repeated is None:
+            return self.encode(rendered, add_special_tokens=adds)
+        token = self.spelling(repeated)
+        runs = re.compile(f"(?:{re.escape(token)})+")
+        counts = iter([len(run) // len(token) for run in runs.findall(rendered)])
+        ids = self.encode(runs.sub(lambda _: token, rendered), add_special_tokens=adds)
+        return [same for each in ids for same in ([each] * next(counts) if each == repeated else [each])]
+
+    def stands_alone(self, token_id: int) -> bool:
+        """Whether an added token is found in any text, whatever is beside it: no other one overlaps it."""
+        added = dict(self.backend.get_added_tokens_decoder())
+        token = added.pop(token_id, None)
+        # One that is looked for in the normalised text may have other spellings.
+        if token is None or token.single_word or token.normalized:
+            return False
+        return not any(_overlap(token.content, other.content) for other in added.values())
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids without special tokens; incomplete UTF-8 becomes U+FFFD."""
@@ -151,3 +170,10 @@ class Tokenizer:
     def _is_byte_level(self) -> bool:
         decoder = self.backend.decoder
         return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether a text could hold both with letters in common."""
+    sizes = range(1, min(len(one), len(other)))
+    ends = (one[:size] == other[-size:] or one[-size:] == other[:size] for size in sizes)
+    return one in other or other in one or any(ends)

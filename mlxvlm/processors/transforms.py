@@ -36,6 +36,8 @@ def resize_both(
     image: Image.Image, one: tuple[int, int], other: tuple[int, int], resample: int
 ) -> tuple[Image.Image, Image.Image]:
     """A picture in two sizes (height, width), side by side in two threads: Pillow lets others run while it resizes."""
+    if image.size in (one[::-1], other[::-1]):
+        return resize(image, *one, resample), resize(image, *other, resample)  # there is but one to make
     with ThreadPoolExecutor(1) as pool:
         beside = pool.submit(resize, image, *other, resample)
         return resize(image, *one, resample), beside.result()
@@ -116,8 +118,9 @@ def cut(image: Image.Image, rows: int, columns: int, out: Frames | None = None) 
     """
     height, width = image.height // rows, image.width // columns
     frames: Frames = np.empty((rows * columns, 3, height, width), np.uint8) if out is None else out
-    pixels = np.asarray(image).reshape(rows, height, columns, width, 3)
-    frames.reshape(rows, columns, 3, height, width)[:] = pixels.transpose(0, 2, 4, 1, 3)
+    tiles = frames.reshape(rows, columns, 3, height, width)
+    for channel, plane in enumerate(image.split()):  # whole rows of a plane are moved, not every third byte
+        tiles[:, :, channel] = np.asarray(plane).reshape(rows, height, columns, width).swapaxes(1, 2)
     return frames
 
 

@@ -101,6 +101,28 @@ def test_added_tokens_get_the_ids_that_they_are_listed_with(tmp_path: Path) -> N
     assert tokenizer.encode("<z><a>", add_special_tokens=False) == [260, 259]
 
 
+def test_runs_of_a_token_are_read_as_its_tokens(tmp_path: Path) -> None:
+    listed = {"259": added("<i>"), "260": added("<r>", lstrip=True, rstrip=True)}
+    tokenizer = read(tmp_path, {"added_tokens_decoder": listed, "bos_token": BOS})
+    texts = ["", "<i>", "a<i><i>b <i> <i><i><i>", "<i> <r> <i><i><r><i>", "<<i>><i", BOS + "<i><i>"]
+    assert tokenizer.stands_alone(259)
+    for text in texts:
+        assert tokenizer.encode_prompt(text, 259) == tokenizer.encode_prompt(text)
+
+
+@pytest.mark.parametrize("other", ["<i><i>", "a<i>", "<i", "><", "x<", ">x"])
+def test_a_token_that_another_one_overlaps_stands_not_alone(tmp_path: Path, other: str) -> None:
+    tokenizer = read(tmp_path, {"added_tokens_decoder": {"259": added("<i>"), "260": added(other)}})
+    assert not tokenizer.stands_alone(259)
+
+
+@pytest.mark.parametrize("flag", ["single_word", "normalized"])
+def test_a_token_that_depends_on_the_text_stands_not_alone(tmp_path: Path, flag: str) -> None:
+    tokenizer = read(tmp_path, {"added_tokens_decoder": {"259": added("<i>", **{flag: True})}})
+    assert not tokenizer.stands_alone(259)
+    assert not tokenizer.stands_alone(65)  # part of the vocabulary, but not added
+
+
 def test_added_tokens_sort_as_numbers(tmp_path: Path) -> None:
     many = {str(number): added(f"<t{number}>") for number in reversed(range(995, 1005))}
     tokenizer = read(tmp_path, {"added_tokens_decoder": many})
