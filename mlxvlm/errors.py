@@ -1,6 +1,6 @@
 """Every error a user can meet. Each class knows its HTTP status and exit code; nothing here knows why it is raised.
 
-Exit codes: 0 done, 2 usage, 3 input, 4 model, 5 internal, 130 interrupted.
+Exit codes: 0 done, 1 a rank was lost, 2 usage, 3 input, 4 model, 5 internal, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -125,6 +125,13 @@ class EngineClosedError(MlxvlmError):
 
     http_status = 503
     retry_after_s: ClassVar[int] = 5  # a guess: a server is started again, a model is loaded again
+
+
+class RanksError(MlxvlmError):
+    """Ranks that run a model together could not meet, or one was lost: the process ends with all of them."""
+
+    http_status = 503
+    exit_code = 1
 
 
 class AnswerTimeoutError(MlxvlmError):
