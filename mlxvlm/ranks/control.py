@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,8 @@ class Link:
         self._place, self._timeout_s, self._end = place, timeout_s, end
         self._changed = threading.Condition()
         self._is_closing = False
+        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._sending = threading.Lock()  # never waited for: who has it sends what others put into the outbox
         self._reports: list[list[dict[str, Any]]] = [[] for _ in connections]
         self._channels = [Channel(each, timeout_s, f"rank-{index}") for index, each in enumerate(connections, 1)]
         for index, channel in enumerate(self._channels):
@@ -81,10 +84,17 @@ class Link:
             channel.close()
 
     def _send(self, message: Any) -> None:
-        data = encode(message)
-        with self._changed:  # in the same order to all
-            for channel in self._channels:
-                channel.send(data)
+        """In the same order to all; also from a finalizer, which may run in the midst of this very method."""
+        self._outbox.put(encode(message))
+        while not self._outbox.empty() and self._sending.acquire(blocking=False):
+            try:
+                with suppress(queue.Empty):
+                    while True:
+                        data = self._outbox.get_nowait()
+                        for channel in self._channels:
+                            channel.send(data)
+            finally:
+                self._sending.release()
 
     def _hear(self, index: int, message: Any) -> None:
         if isinstance(message, dict) and isinstance(report := message.get("ready"), dict):
