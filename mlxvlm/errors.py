@@ -127,6 +127,12 @@ class EngineClosedError(MlxvlmError):
     retry_after_s: ClassVar[int] = 5  # a guess: a server is started again, a model is loaded again
 
 
+class RanksError(MlxvlmError):
+    """One of several ranks that run a model together is lost, silent, or has gone another way: none can go on."""
+
+    http_status = 503
+
+
 class AnswerTimeoutError(MlxvlmError):
     """A request's own time was over before there was anything of an answer."""
 

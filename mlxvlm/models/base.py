@@ -115,7 +115,8 @@ Features: TypeAlias = Sequence[mx.array | None]
 class VisionLanguageModel(Protocol):
     """A family's model. Holds weights only: everything of a request lives on its Sequence.
 
-    One whose RowState holds arrays also has `state_bytes(prompt) -> int`: what they take, and what they are made from.
+    One whose RowState holds arrays also has `state_bytes(prompt) -> int`, what they take and what they are made from,
+    and `row_state(states, sizes, tail)`, which makes them; see mllama.
     """
 
     kv_specs: Sequence[KVSpec]
