@@ -22,7 +22,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"models", "processors.base", "errors"}, {"mlx", "numpy"}),
     "checkpoint": (
         {
-            *("checkpoint", "models.base", "models.repacked", "families", "errors"),
+            *("checkpoint", "models.base", "models.repacked", "models.shares", "families", "errors"),
             *("processors.base", "processors.files", "processors.tokenizer", "processors.ggml_tokenizer"),
         },
         {"mlx", "numpy", "safetensors", "yaml", "huggingface_hub", "httpx2"},

@@ -16,11 +16,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxvlm.checkpoint.container import TensorFile
-from mlxvlm.checkpoint.isq import AS_IT_IS, Plan, Recipe, Stacks, make_plan, stream
+from mlxvlm.checkpoint.isq import AS_IT_IS, Plan, Recipe, make_plan, stream
 from mlxvlm.checkpoint.packed import OUTPUT_SCALE, QuantSpec
+from mlxvlm.checkpoint.parts import Parts
 from mlxvlm.errors import UsageError, WeightsError
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.models.repacked import repacked
+from mlxvlm.models.shares import Cut, Share, column_units, keep_decoder, narrow
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +63,11 @@ def bind(
     progress: Progress,
     recipe: Recipe = AS_IT_IS,
     files: Sequence[TensorFile] = (),
+    share: Share | None = None,
 ) -> None:
     """Puts a checkpoint's tensors into a model; see `streamed`. Peak memory is the bound model plus one tensor."""
     assert isinstance(model, nn.Module)
-    for name, array in streamed(model, weights, choose_dtype(dtype, weights), progress, recipe, files):
+    for name, array in streamed(model, weights, choose_dtype(dtype, weights), progress, recipe, files, share):
         _assign(model, name, array)
     model.eval()
     model.freeze()
@@ -77,31 +80,71 @@ def streamed(
     progress: Progress,
     recipe: Recipe = AS_IT_IS,
     files: Sequence[TensorFile] = (),
+    share: Share | None = None,
 ) -> Iterator[tuple[str, mx.array]]:
     """A checkpoint's tensors under the model's names, evaluated one by one; `weights` is emptied.
 
     The model's modules become what the tensors are, and what `recipe` makes of them. files: those that `weights` came
-    from, for reading parts of tensors. Raises WeightsError with every missing, extra or wrongly shaped name.
+    from, for reading parts of tensors. share: of which the model and its tensors become a part. Raises WeightsError
+    with every missing, extra or wrongly shaped name, UsageError where the model can't be shared.
     """
     assert isinstance(model, nn.Module)
     named = model.sanitize(weights)
-    expected = fit(model, named)
-    plan = make_plan(model, recipe)
+    fit(model, named)
+    plan = make_plan(model, recipe, {} if share is None else _units(model, share.rank.count))
     for line in plan.left:
         log.warning(line)
     if recipe != AS_IT_IS and not plan.specs:
         log.warning("nothing is quantised: no layer that the type or the topology asks for is in full precision")
-    stacks = Stacks(model.sanitize, files, weights) if plan.specs else None
+    cuts = {} if share is None else narrowed(model, share)
+    named = {name: _cut(name, named[name], cuts) for name, _ in tree_flatten(model.parameters())}
+    quantised = {f"{path}.weight" for path in plan.specs}
+    parts = Parts(model.sanitize, files, weights, quantised, cuts) if cuts or quantised else None
     weights.clear()
     _quantize(model, plan)
-    dtypes = {name: bound_dtype(name, named, dtype) for name in expected}
+    dtypes = {name: bound_dtype(name, named, dtype) for name in named}
     # Bytes of the full tensors, also where they are quantised: reading and quantising them is the work.
-    sizes = {name: expected_bytes(named[name], dtypes[name]) for name in expected}
+    sizes = {name: expected_bytes(array, dtypes[name]) for name, array in named.items()}
     total, done = sum(sizes.values()), 0
-    for name, array in stream({name: named.pop(name) for name in expected}, dtypes, plan, stacks):
+    lazy_bytes = sum(array.nbytes for name, array in named.items() if parts is None or name not in parts)
+    for name, array in stream(named, dtypes, plan, parts):
         yield name, array
         done += sizes.get(name, 0)
         progress(done, total)
+    log.info("%d bytes of the checkpoint's tensors were read", lazy_bytes + (parts.bytes_read if parts else 0))
+
+
+def _units(model: VisionLanguageModel, count: int) -> Mapping[str, int]:
+    """See `column_units`. Raises UsageError where the model, or one of its quantised groups, can't be shared."""
+    assert isinstance(model, nn.Module)
+    try:
+        units = column_units(model, count)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    modules: dict[str, Any] = dict(model.named_modules())
+    for path, unit in units.items():
+        if "scales" in modules[path] and unit % modules[path].group_size:
+            raise UsageError(
+                f"{path} is quantised in groups of {modules[path].group_size} columns, which {count} ranks would cut: "
+                f"use fewer ranks, or the checkpoint in full precision with isq (--isq)"
+            )
+    return units
+
+
+def narrowed(model: VisionLanguageModel, share: Share) -> Mapping[str, Cut]:
+    """Leaves of a model what is the share's; see `narrow`. Raises UsageError where it can't be shared."""
+    try:
+        cuts = narrow(model, share.rank, share.add)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if share.rank.index:
+        keep_decoder(model)
+    return cuts
+
+
+def _cut(name: str, array: mx.array, cuts: Mapping[str, Cut]) -> mx.array:
+    path, _, leaf = name.rpartition(".")
+    return cuts[path].of(leaf, array) if path in cuts else array
 
 
 def _quantize(model: nn.Module, plan: Plan) -> None:
@@ -110,6 +153,7 @@ def _quantize(model: nn.Module, plan: Plan) -> None:
     replaced = [
         (path, modules[path].to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode))
         for path, spec in plan.specs.items()
+        if path in modules
     ]
     if replaced:
         model.update_modules(tree_unflatten(replaced))

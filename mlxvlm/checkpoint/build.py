@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint.bind import DTYPES, Progress, bind, choose_dtype
+from mlxvlm.checkpoint.bind import DTYPES, Progress, bind, choose_dtype, narrowed
 from mlxvlm.checkpoint.container import TensorFile
 from mlxvlm.checkpoint.conversion import Conversion, Shrink
 from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe, make_plan
@@ -23,6 +22,7 @@ from mlxvlm.checkpoint.topology import Topology
 from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.errors import UsageError
 from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.models.shares import Share
 
 log = logging.getLogger(__name__)
 
@@ -42,34 +42,44 @@ def identity(source: ModelSource, options: LoadOptions) -> str:
     return entry_key(files, source.config, recipe_of(options), (options.dtype, options.requantize))
 
 
-def build(source: ModelSource, options: LoadOptions, progress: Progress) -> VisionLanguageModel:
-    """The model of a source, with its weights evaluated. Raises ModelError and its kinds, UsageError for options."""
+def build(
+    source: ModelSource, options: LoadOptions, progress: Progress, share: Share | None = None
+) -> VisionLanguageModel:
+    """The model of a source, or a share of it, with its weights evaluated.
+
+    Raises ModelError and its kinds, UsageError for options, and for shares that can't be.
+    """
     recipe = recipe_of(options)
     requantize = None if options.requantize.lower() == "none" else parse_type(options.requantize)
     model: VisionLanguageModel = source.family.build_model(source.config)
     if source.read is not None:
+        if share is not None:
+            raise UsageError(
+                f"{source.name}: GGUF and UQFF files can't be shared by several machines: give the model's safetensors "
+                "instead, with isq (--isq) if it is to be small"
+            )
         conversion = source.read(requantize, progress, _shrink_of(source, options, recipe))
         for line in conversion.notes():
             log.warning("%s: %s", source.name, line)
         rest = AS_IT_IS if conversion.num_shrunk else recipe
         bind(model, conversion.weights, dtype_of(options.dtype, conversion), progress, rest)
         return model
-    weights = read_weights(source.folder)
-    if recipe == AS_IT_IS:
-        bind(model, weights, options.dtype, progress)
-    elif options.isq_cache is None:
-        _quantize(model, source.folder, weights, options, recipe, progress)
+    files, weights = weight_files(source.folder), read_weights(source.folder)
+    load = partial(bind, model, weights, options.dtype, progress, recipe, [TensorFile(path) for path in files], share)
+    if recipe == AS_IT_IS or options.isq_cache is None:
+        load()
+        return model
+    cache, dtype = ISQCache(options.isq_cache), choose_dtype(options.dtype, weights)
+    key = entry_key(files, source.config, recipe, dtype if share is None else (dtype, share.rank))
+    entry = cache.find(key)
+    if entry is not None:
+        if share is not None:
+            narrowed(model, share)
+        bind(model, read_weights(entry), options.dtype, progress)
     else:
-        cache = ISQCache(options.isq_cache)
-        dtype = choose_dtype(options.dtype, weights)
-        key = entry_key(weight_files(source.folder), source.config, recipe, dtype)
-        entry = cache.find(key)
-        if entry is not None:
-            bind(model, read_weights(entry), options.dtype, progress)
-        else:
-            before = {name for name in model.sanitize(weights) if name.endswith(".scales")}
-            _quantize(model, source.folder, weights, options, recipe, progress)
-            _keep(partial(cache.store, key, of=_title(source, options)), model, before, progress)
+        before = {name for name in model.sanitize(weights) if name.endswith(".scales")}
+        load()
+        _keep(partial(cache.store, key, of=_title(source, options, share)), model, before, progress)
     return model
 
 
@@ -97,22 +107,12 @@ def dtype_of(name: str, conversion: Conversion) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == conversion.dtype)
 
 
-def _quantize(
-    model: VisionLanguageModel,
-    folder: Path,
-    weights: dict[str, mx.array],
-    options: LoadOptions,
-    recipe: Recipe,
-    progress: Progress,
-) -> None:
-    bind(model, weights, options.dtype, progress, recipe, [TensorFile(path) for path in weight_files(folder)])
-
-
-def _title(source: ModelSource, options: LoadOptions) -> str:
+def _title(source: ModelSource, options: LoadOptions, share: Share | None) -> str:
     """How a list of the cache names a model."""
     types = [f"--isq {options.isq}"] if options.isq is not None else []
     types += [f"--topology {options.topology.name}"] if options.topology is not None else []
-    return " ".join([source.name, *types])
+    place = [] if share is None else [f"(rank {share.rank.index} of {share.rank.count})"]
+    return " ".join([source.name, *types, *place])
 
 
 def _keep(store: Callable[..., None], model: VisionLanguageModel, before: set[str], progress: Progress) -> None:

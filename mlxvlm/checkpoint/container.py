@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
+from itertools import chain, product
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.bytes_read = 0  # of tensors, by read and read_part
         try:
             size = path.stat().st_size
             with path.open("rb") as stream:
@@ -145,29 +149,36 @@ class TensorFile:
         return self._entries[name].shape
 
     def read(self, name: str) -> Tensor:
-        return self._read(name, self._entries[name])
+        return self.read_part(name, {})
 
     def outline(self, name: str) -> Tensor:
         """Its type and shape, with zeros that take no room: nothing is read."""
         entry = self._entries[name]
         return Tensor(entry.dtype, entry.shape, np.broadcast_to(np.uint8(0), (entry.end - entry.start,)))
 
-    def read_slice(self, name: str, index: int) -> Tensor:
-        """[1, ...]: one entry of the first axis, without reading the others."""
+    def read_part(self, name: str, ranges: Mapping[int, Sequence[range]]) -> Tensor:
+        """Of each axis given only these ranges of it, one after the other; nothing else is read."""
         entry = self._entries[name]
-        step = (entry.end - entry.start) // entry.shape[0]
-        start = entry.start + index * step
-        return self._read(name, _Entry(entry.dtype, (1, *entry.shape[1:]), start, start + step))
-
-    def _read(self, name: str, entry: _Entry) -> Tensor:
-        count = entry.end - entry.start
+        shape = [sum(map(len, ranges[axis])) if axis in ranges else size for axis, size in enumerate(entry.shape)]
+        data = np.empty(nbytes(entry.dtype, shape), np.uint8)
+        rest = memoryview(data)
         try:
-            data = np.fromfile(self.path, np.uint8, count, offset=self._data + entry.start)
+            with self.path.open("rb", buffering=0) as file:
+                for start, count in _runs(entry, ranges):
+                    file.seek(self._data + entry.start + start)
+                    self._fill(rest[:count], file, name)
+                    rest = rest[count:]
         except OSError as error:
             raise WeightsError(f"{self.path} can't be read: {error.strerror}") from error
-        if data.size != count:
-            raise WeightsError(damage(self.path, f"{name} ends too early"))
-        return Tensor(entry.dtype, entry.shape, data)
+        self.bytes_read += data.size
+        return Tensor(entry.dtype, tuple(shape), data)
+
+    def _fill(self, place: memoryview, file: RawIOBase, name: str) -> None:
+        while place:
+            count = file.readinto(place)  # of large reads systems do a part
+            if not count:
+                raise WeightsError(damage(self.path, f"{name} ends too early"))
+            place = place[count:]
 
     def _parsed(self, header: bytes, size: int) -> dict[str, _Entry]:
         """Entries that fit their types and shapes, and together cover `size` bytes without gap or overlap."""
@@ -207,6 +218,21 @@ class TensorFile:
         if max(shape, default=0) > _MAX_DIM:
             raise WeightsError(damage(self.path, f"{name} has the shape {shape}"))
         return _Entry(dtype, tuple(shape), start, end)
+
+
+def _runs(entry: _Entry, ranges: Mapping[int, Sequence[range]]) -> Iterator[tuple[int, int]]:
+    """Start in the tensor and length, in bytes, of each piece that lies together in the file."""
+    last = max(ranges, default=-1)
+    steps = [nbytes(entry.dtype, entry.shape[axis + 1 :]) for axis in range(last + 1)]
+    if not steps:
+        yield 0, entry.end - entry.start
+        return
+    pieces = [(each.start * steps[last], len(each) * steps[last]) for each in ranges[last]]
+    before = [chain(*ranges[axis]) if axis in ranges else range(entry.shape[axis]) for axis in range(last)]
+    for place in product(*before):
+        start = sum(map(mul, place, steps))
+        for offset, count in pieces:
+            yield start + offset, count
 
 
 def _are_sizes(value: Any) -> bool:

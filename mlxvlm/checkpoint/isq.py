@@ -7,24 +7,22 @@ one tensor. Stacks of experts are larger than all else together; they come exper
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.checkpoint.container import TensorFile
 from mlxvlm.checkpoint.packed import QuantSpec, quantized
+from mlxvlm.checkpoint.parts import Parts, Tensors
 from mlxvlm.checkpoint.recipe import fitted, label, promoted
 from mlxvlm.checkpoint.topology import Topology
 from mlxvlm.errors import WeightsError
 from mlxvlm.models.base import VisionLanguageModel
 
-Tensors: TypeAlias = dict[str, mx.array]
-Sanitize: TypeAlias = Callable[[Tensors], Tensors]
-
 _NO_TOPOLOGY = Topology()
+_NO_UNITS: Mapping[str, int] = {}
 # Decides where each token goes: a few kilobytes, and an error there is a wrong expert.
 _ROUTER = "router"
 
@@ -58,8 +56,11 @@ class Plan:
     left: Sequence[str] = ()
 
 
-def make_plan(model: VisionLanguageModel, recipe: Recipe) -> Plan:
-    """Of the modules that are not quantised yet. Evaluates nothing."""
+def make_plan(model: VisionLanguageModel, recipe: Recipe, units: Mapping[str, int] = _NO_UNITS) -> Plan:
+    """Of the modules that are not quantised yet. Evaluates nothing.
+
+    units: of layers whose columns are cut, by path; groups stay whole at all their multiples (`column_units`).
+    """
     assert isinstance(model, nn.Module)
     specs: dict[str, QuantSpec] = {}
     left: dict[tuple[str, int], list[str]] = {}
@@ -67,7 +68,7 @@ def make_plan(model: VisionLanguageModel, recipe: Recipe) -> Plan:
         wanted = _wanted(path, module, model, recipe) if hasattr(module, "to_quantized") else None
         if wanted is None:
             continue
-        width = module.weight.shape[-1]
+        width = units.get(path, module.weight.shape[-1])
         spec = fitted(wanted, width)
         if spec is None:
             left.setdefault((label(wanted), width), []).append(path)
@@ -96,91 +97,50 @@ def _wanted(path: str, module: Any, model: VisionLanguageModel, recipe: Recipe) 
     return recipe.spec if in_tower or (inside and not is_router) else None
 
 
-class Stacks:
-    """The experts of a checkpoint, readable one by one: MLX reads a lazy tensor whole, even for a slice of it.
-
-    Relies on `sanitize` treating each expert alike, so that it can be given one.
-    """
-
-    def __init__(self, sanitize: Sanitize, files: Sequence[TensorFile], weights: Mapping[str, mx.array]) -> None:
-        self._sanitize = sanitize
-        self._sources = {
-            target: (file, name)
-            for file in files
-            for name in file.names
-            if len(file.shape(name)) == 3
-            for target in sanitize({name: weights[name]})
-        }
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._sources
-
-    def targets(self, name: str) -> list[str]:
-        """All tensors of the model that come from the same stack as `name`."""
-        return [target for target, source in self._sources.items() if source == self._sources[name]]
-
-    def count(self, name: str) -> int:
-        """How many experts there are."""
-        file, source = self._sources[name]
-        return file.shape(source)[0]
-
-    def experts(self, name: str) -> Iterator[Tensors]:
-        """For each expert the tensors [1, out, in] of targets(name)."""
-        file, source = self._sources[name]
-        for index in range(self.count(name)):
-            yield self._sanitize({source: file.read_slice(source, index).mlx()})
-
-
 def stream(
-    named: Tensors, dtypes: Mapping[str, mx.Dtype], plan: Plan, stacks: Stacks | None = None
+    named: Tensors, dtypes: Mapping[str, mx.Dtype], plan: Plan, parts: Parts | None = None
 ) -> Iterator[tuple[str, mx.array]]:
     """The tensors of a bound model, evaluated, in the order of `named`, which is emptied on the way.
 
     Raises WeightsError for a tensor that can't be read.
     """
     for name in list(named):
-        path = name.removesuffix(".weight")
-        if name not in named:  # came with its stack
+        if name not in named:  # came with another from the same source
             continue
-        if path == name or path not in plan.specs:
-            yield name, _read(name, named.pop(name).astype(dtypes[name]))
-        elif stacks is not None and name in stacks:
-            # Of the same stack some may not fit a group, and be read whole in their turn.
-            together = {target for target in stacks.targets(name) if target.removesuffix(".weight") in plan.specs}
-            for target in together:
-                del named[target]
-            yield from _stacked(stacks, together, dtypes, plan)
-        else:
-            yield from _quantized(path, named.pop(name).astype(dtypes[name]), plan.specs[path]).items()
+        if parts is None or name not in parts:
+            yield from _finished(name, named.pop(name).astype(dtypes[name]), plan).items()
+            continue
+        targets = [target for target in parts.targets(name) if named.pop(target, None) is not None]
+        yield from _joined(parts, targets, dtypes, plan)
 
 
-def _stacked(
-    stacks: Stacks, targets: set[str], dtypes: Mapping[str, mx.Dtype], plan: Plan
+def _joined(
+    parts: Parts, targets: Sequence[str], dtypes: Mapping[str, mx.Dtype], plan: Plan
 ) -> Iterator[tuple[str, mx.array]]:
-    """Each expert is written into its place of the whole: pieces that are joined at the end would be there twice."""
+    """Each piece is written into its place of the whole: pieces that are joined at the end would be there twice."""
     whole: Tensors = {}
-    source = min(targets)
-    for index, expert in enumerate(stacks.experts(source)):
-        for target in sorted(targets):
-            path = target.removesuffix(".weight")
-            for leaf, part in _quantized(path, expert.pop(target).astype(dtypes[target]), plan.specs[path]).items():
+    count = parts.num_pieces(targets[0])
+    for index, piece in enumerate(parts.pieces(targets[0])):
+        for target in targets:
+            for leaf, part in _finished(target, piece.pop(target).astype(dtypes[target]), plan).items():
+                if count == 1:
+                    yield leaf, part
+                    continue
                 if leaf not in whole:
-                    whole[leaf] = mx.zeros((stacks.count(source), *part.shape[1:]), part.dtype)
+                    whole[leaf] = mx.zeros((count, *part.shape[1:]), part.dtype)
                 whole[leaf][index] = part[0]
                 mx.eval(whole[leaf])
     yield from whole.items()
 
 
-def _quantized(path: str, weight: mx.array, spec: QuantSpec) -> Tensors:
+def _finished(name: str, array: mx.array, plan: Plan) -> Tensors:
+    """What a tensor becomes, evaluated."""
+    path = name.removesuffix(".weight")
+    spec = plan.specs.get(path) if path != name else None
     try:
-        return quantized(path, weight, spec)
-    except RuntimeError as error:
-        raise WeightsError(f"tensor {path}.weight can't be read: {error}") from error
-
-
-def _read(name: str, array: mx.array) -> mx.array:
-    try:
+        if spec is not None:
+            return quantized(path, array, spec)
         mx.eval(array)
     except RuntimeError as error:
         raise WeightsError(f"tensor {name} can't be read: {error}") from error
-    return array
+    return {name: array}

@@ -19,6 +19,7 @@ from mlxvlm.processors.files import ProcessorFiles, context_length, read_json, t
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.conversion import Conversion, Shrink
     from mlxvlm.checkpoint.packed import QuantSpec
+    from mlxvlm.models.shares import Share
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -97,11 +98,14 @@ class ModelSource:
 
         return identity(self, options)
 
-    def build(self, options: LoadOptions, progress: Any) -> Any:
-        """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads."""
+    def build(self, options: LoadOptions, progress: Any, share: Share | None = None) -> Any:
+        """The model with its weights. Runs on the thread that will use it: lazy arrays don't cross threads.
+
+        share: what this machine has of a model that several share; None for all of it.
+        """
         from mlxvlm.checkpoint.build import build
 
-        return build(self, options, progress)
+        return build(self, options, progress, share)
 
 
 def is_packed(path: Path) -> bool:

@@ -31,6 +31,7 @@ from mlxvlm.engine.draft_model import Draft, speculation
 from mlxvlm.engine.failures import failure_of
 from mlxvlm.engine.kv_layout import quantised
 from mlxvlm.engine.request import FinishReason, Request
+from mlxvlm.engine.rows import Alone, Ranks
 from mlxvlm.engine.runner import ModelRunner
 from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
@@ -60,8 +61,9 @@ class Engine(Asking):
         config: EngineConfig,
         progress: Progress | None = None,
         draft: Draft | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """draft: a smaller model that guesses what this one will say."""
+        """draft: a smaller model that guesses what this one will say. ranks: those who run the model together."""
         self.config = config
         self.processor = processor
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -73,6 +75,7 @@ class Engine(Asking):
         self._next_deadline = math.inf
         self._counts = Counts()
         self._closing = threading.Event()
+        self._ranks: Ranks = ranks or Alone()
         self._loaded: Future[None] = Future()
         self._pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="mlxvlm-prepare")
         self._thread = threading.Thread(
@@ -200,16 +203,18 @@ class Engine(Asking):
             budget = device.default_budget() if budget is None else budget
             used = device.memory().active_bytes
             specs = quantised(model.kv_specs, self.config.kv_bits, self.config.kv_group_size)
+            rows = self._ranks.rows(model, specs)
+            budget = int(min(budget, used + self._ranks.free_bytes()))
             caches = make_caches(self.config, specs, budget - used)
-            self._runner = ModelRunner(model, *caches, self.config.prefill_chunk, specs)
+            self._runner = ModelRunner(rows, *caches, self.config.prefill_chunk)
             self._constraints = Constraints(self.processor.tokenizer, self.config.eos_token_ids, self._vocab_size)
             ends = Ends(
                 self._guarded, self._fail, self._forget, partial(Sequence.shift, max_context=self.config.max_context)
             )
             self._decoding = Decoding(self._runner, self._constraints, guesses, ends, self._counts)
             sizes = guesses.added_to(self._runner.sizes)
-            self._admission = rows = Admission(budget, used, sizes)
-            self._runner.spare = lambda: rows.spare
+            self._admission = admission = Admission(budget, used, sizes)
+            self._runner.spare = lambda: admission.spare
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except BaseException as error:  # noqa: BLE001 - as in failure_of(); the constructor waits for it
             model = None  # whoever keeps the error keeps this frame

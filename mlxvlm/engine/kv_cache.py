@@ -9,7 +9,8 @@ at once, and only attention runs group by group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 import mlx.core as mx
 
@@ -36,11 +37,15 @@ def room_in_class(length: int) -> int:
     return (1 << length_class(length)) - length
 
 
-@dataclass(frozen=True, slots=True)
+_numbers = count()
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class KVBlock:
     """A copy of some positions of one row, all layers in one array a part, as MLX limits how many buffers there are."""
 
     parts: tuple[mx.array, ...]  # of kv_layout, each layer after layer of [K, positions, width]
+    number: int = field(default_factory=_numbers.__next__, compare=False)  # no other one's
 
     @property
     def nbytes(self) -> int:

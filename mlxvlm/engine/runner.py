@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from mlxvlm.engine import device
 from mlxvlm.engine.admission import Sizes
 from mlxvlm.engine.feature_cache import FeatureCache
-from mlxvlm.engine.kv_cache import KVBatch, KVGroup, KVPass
+from mlxvlm.engine.kv_cache import KVBatch
 from mlxvlm.engine.prefix_cache import PrefixCache
+from mlxvlm.engine.rows import Rows
 from mlxvlm.engine.sampler import Sampled, sample
 from mlxvlm.engine.sequence import Phase, Sequence
 from mlxvlm.engine.verify import Verification
@@ -44,21 +45,23 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        rows: Rows,
         prefixes: PrefixCache | None = None,
         features: FeatureCache | None = None,
         prefill_chunk: int = 2048,
-        kv_specs: Seq[KVSpec] | None = None,
     ) -> None:
-        """`kv_specs`: the model's, with what kv_layout.quantised() makes of them."""
-        self.model = model
-        self.kv_specs = model.kv_specs if kv_specs is None else kv_specs
-        self.batch = KVBatch()
-        self.sizes = _sizes(model, self.kv_specs, prefill_chunk)
+        self.model = rows.model
+        self.sizes = _sizes(rows.model, rows.specs, prefill_chunk)
+        self._rows = rows
         self.prefixes = prefixes or PrefixCache(0)
         self.features = features or FeatureCache(0)
         self.encoded_images = 0
         self.spare: Callable[[], float] = lambda: math.inf  # bytes that both caches may hold together
+
+    @property
+    def batch(self) -> KVBatch:
+        """The rows that decode."""
+        return self._rows.batch
 
     def make_way(self) -> None:
         """What is kept gives way to what is reserved: blocks first, since features serve after any text."""
@@ -75,7 +78,8 @@ class ModelRunner:
         self.prefixes.extend(sequence.blocks, prompt.token_ids, prompt.images)
         if self.prefixes.fetch(sequence.blocks, self._room_for_blocks()):
             return
-        sequence.kv = KVGroup.single(self.kv_specs, sequence.id)
+        self._rows.begin(sequence.id)
+        sequence.recalled = True
         self._skip_held(sequence)
         if not sequence.token_ids:  # else it is no new prompt, but a shift
             self.prefixes.record(bool(sequence.cached_tokens))
@@ -117,25 +121,18 @@ class ModelRunner:
 
     def prefill(self, sequence: Sequence, budget: int) -> None:
         """At most `budget` prompt tokens; with the last but one the sequence joins the batch."""
-        if sequence.inputs is None:
-            sequence.inputs = self.model.embed_prompt(sequence.prompt, sequence.features)
+        rows, owner = self._rows, sequence.id
+        if not rows.has_read(owner):
+            rows.read(owner, sequence.prompt, sequence.features)
             sequence.features = []
-            if sequence.inputs.rows:
-                sequence.state = sequence.inputs.rows[0]
         self._skip_held(sequence)  # what others with the same beginning have stored in the meantime
-        assert sequence.kv is not None
         start, end = sequence.prefilled, min(sequence.prefilled + budget, sequence.prefill_length)
         if end > start:
-            forward = KVPass([sequence.kv], end - start)
-            self.model(sequence.inputs[start:end], forward.layers)
-            forward.commit()
-            # Only keys and values are needed; what would follow the last layer's is never computed.
-            mx.eval(sequence.kv.arrays)
+            rows.fill(owner, start, end)
             sequence.prefilled = end
-            self._store(sequence, sequence.kv, sequence.prompt.token_ids)
+            self._store(sequence, sequence.prompt.token_ids)
         if end == sequence.prefill_length:
-            self.batch.join(sequence.kv)
-            sequence.kv = sequence.inputs = None
+            rows.join(owner)
             sequence.phase = Phase.DECODE
 
     def _skip_held(self, sequence: Sequence) -> None:
@@ -145,22 +142,22 @@ class ModelRunner:
         held = min(shared, sequence.prefill_length)
         if held > sequence.prefilled:
             blocks = self.prefixes.lookup(found)
-            sequence.kv = KVGroup.single(self.kv_specs, sequence.id, blocks, held)
+            self._rows.begin(sequence.id, blocks, held)
             if not sequence.token_ids:
                 sequence.cached_tokens += held - sequence.prefilled
             sequence.prefilled = held
 
-    def _store(self, sequence: Sequence, group: KVGroup, ids: Seq[int], has_ended: bool = False) -> None:
+    def _store(self, sequence: Sequence, ids: Seq[int], has_ended: bool = False) -> None:
         """Keeps whole blocks of what a row holds, and at its end the rest; with a step under way `ids` may be more or
         fewer than that.
         """
         images = sequence.prompt.images
         self.prefixes.extend(sequence.blocks, ids, images)
-        length = min(len(ids), group.lengths[group.owners.index(sequence.id)])
+        length = min(len(ids), self._rows.length(sequence.id))
         chain = sequence.blocks[: length // self.prefixes.block_tokens]
         if has_ended:
             chain = self.prefixes.to_end(chain, ids[:length], images)
-        self.prefixes.store(chain, partial(group.copy, sequence.id), self._room_for_blocks())
+        self.prefixes.store(chain, partial(self._rows.copy, sequence.id), self._room_for_blocks())
 
     def _room_for_blocks(self) -> float:
         return self.spare() - self.features.nbytes
@@ -171,16 +168,13 @@ class ModelRunner:
         Where a row's choice depends on tokens that are, only the forward pass: `choose` must follow.
         """
         by_id = {sequence.id: sequence for sequence in sequences}
-        forward = self.batch.forward()
-        rows = [by_id[owner] for owner in self.batch.owners]
-        inputs = self.model.embed_tokens(_last_tokens(rows, previous), [row.state for row in rows])
-        hidden = self.model(inputs, forward.layers)
-        step = Step(rows, logits=self.model.logits(hidden[:, -1]))
+        rows = [by_id[owner] for owner in self._rows.order()]
+        step = Step(rows, logits=self._rows.run(_last_tokens(rows, previous)))
         if any(row.sampling.reads_history for row in rows):
             mx.async_eval(step.logits)
         else:
             step = self.choose(step)
-        forward.commit()
+        self._rows.commit()
         for row in rows:
             row.launched += 1
         return step
@@ -194,26 +188,21 @@ class ModelRunner:
 
     def verify(self, sequences: Seq[Sequence], drafts: Mapping[int, Seq[int]]) -> Verification:
         """Starts a pass over guesses of rows, by row. All rows of the batch, and all their tokens read."""
-        return Verification(self.model, self.batch, sequences, drafts)
+        return Verification(self._rows, sequences, drafts)
 
     def attempt(self, sequence: Sequence, previous: Step | None) -> None:
         """One step of one row alone that changes nothing; raises what a step of all rows raises on its account."""
-        group = self.batch.take(sequence.id)
-        inputs = self.model.embed_tokens(_last_tokens([sequence], previous), [sequence.state])
-        hidden = self.model(inputs, KVPass([group], 1).layers)
-        mx.eval(sample(self.model.logits(hidden[:, -1]), [copy(sequence.sampler)]).arrays)
-        self.batch.join(group)
+        logits = self._rows.attempt(sequence.id, _last_tokens([sequence], previous))
+        mx.eval(sample(logits, [copy(sequence.sampler)]).arrays)
+        self._rows.join(sequence.id)
 
     def drop(self, sequence: Sequence) -> None:
-        """A row's end: its keys and values leave the batch, and what they are worth is kept unless it failed."""
-        group = self.batch.group_of(sequence.id)
-        if group is None:
-            return
+        """A row's end: its keys and values are forgotten, and what they are worth is kept unless it failed."""
         try:
-            if not sequence.failed:
-                self._store(sequence, group, sequence.ids, has_ended=True)
+            if not sequence.failed and self.batch.group_of(sequence.id) is not None:
+                self._store(sequence, sequence.ids, has_ended=True)
         finally:
-            self.batch.remove(sequence.id)
+            self._rows.drop(sequence.id)
 
 
 def _sizes(model: VisionLanguageModel, specs: Seq[KVSpec], prefill_chunk: int) -> Sizes:

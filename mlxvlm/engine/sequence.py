@@ -18,7 +18,6 @@ from mlxvlm.engine.admission import Need
 from mlxvlm.engine.constraints import Constraint
 from mlxvlm.engine.context import shifted
 from mlxvlm.engine.detokenizer import Detokenizer
-from mlxvlm.engine.kv_cache import KVGroup
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.prefix_cache import Link
 from mlxvlm.engine.request import Delta, FinishReason, TokenLogprob, Usage
@@ -26,7 +25,6 @@ from mlxvlm.engine.sampler import RowSampler
 from mlxvlm.engine.stops import StopMatcher
 from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import MlxvlmError
-from mlxvlm.models.base import Inputs, RowState
 from mlxvlm.processors.base import Processor, Prompt
 
 _PATCH_VALUES = 14 * 14 * 3  # pixel values that cost a tower about what a token costs the decoder
@@ -88,9 +86,7 @@ class Sequence:
         self.blocks: list[Link] = []  # the whole ones of the prefix cache, as far as ids are known
         self.features: list[mx.array | None] = [None] * len(prompt.images)
         self.needed: Seq[int] = ()  # images that must have features
-        self.inputs: Inputs | None = None
-        self.state = RowState()
-        self.kv: KVGroup | None = None  # its own until it joins the batch
+        self.recalled = False  # what was held of the prompt is looked up
         self.prefilled = 0
         self.phase = Phase.VISION if prompt.images else Phase.PREFILL
         self.stream.begin(prompt.token_ids)
@@ -122,11 +118,6 @@ class Sequence:
     @property
     def done(self) -> bool:
         return self.phase is Phase.DONE
-
-    @property
-    def recalled(self) -> bool:
-        """Whether it has a cache, with what was held of its prompt."""
-        return self.kv is not None
 
     @property
     def prefill_length(self) -> int:
@@ -198,7 +189,7 @@ class Sequence:
 
     def _release(self) -> None:
         """Arrays go now, not when the last reader lets go of the stream."""
-        self.features, self.inputs, self.kv, self.state = [], None, None, RowState()
+        self.features = []
         self.constraint = None
 
     def _usage(self) -> Usage:

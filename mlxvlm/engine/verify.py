@@ -14,10 +14,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxvlm.engine.kv_cache import KVBatch
+from mlxvlm.engine.rows import Rows
 from mlxvlm.engine.sampler import Result, read, sample
 from mlxvlm.engine.sequence import Sequence
-from mlxvlm.models.base import VisionLanguageModel
 
 
 class Verification:
@@ -27,19 +26,15 @@ class Verification:
     join or leave.
     """
 
-    def __init__(
-        self, model: VisionLanguageModel, batch: KVBatch, rows: Seq[Sequence], drafts: Mapping[int, Seq[int]]
-    ) -> None:
-        by_id = {row.id: row for row in rows}
+    def __init__(self, rows: Rows, sequences: Seq[Sequence], drafts: Mapping[int, Seq[int]]) -> None:
+        by_id = {sequence.id: sequence for sequence in sequences}
         width = 1 + max(map(len, drafts.values()))
-        self._forward = batch.forward(width)
-        self.rows = [by_id[owner] for owner in batch.owners]
+        self._rows = rows
+        self.rows = [by_id[owner] for owner in rows.order(width)]
         self.drafts = [list(drafts.get(row.id, ())) for row in self.rows]
         fed = [[row.last_token, *draft, *[0] * (width - 1 - len(draft))] for row, draft in self._pairs]
-        inputs = model.embed_tokens(mx.array(fed, mx.uint32), [row.state for row in self.rows])
-        hidden = model(inputs, self._forward.layers)  # [B, width, D]
         places = [first * width + step for first, draft in enumerate(self.drafts) for step in range(1 + len(draft))]
-        self._logits = model.logits(hidden.flatten(0, 1)[mx.array(places)])  # [N, V]
+        self._logits = rows.run(mx.array(fed, mx.uint32), places)  # [N, V]
         self._samplers = [
             row.sampler.ahead(draft[:step], self._logits.shape[-1])
             for row, draft in self._pairs
@@ -67,7 +62,7 @@ class Verification:
             row.sampler = self._samplers[first + right]
             runs.append(results[first : first + right + 1])
             first += 1 + len(draft)
-        self._forward.commit([len(run) for run in runs])
+        self._rows.commit([len(run) for run in runs])
         for row, run in zip(self.rows, runs, strict=True):
             row.launched += len(run)
         return runs

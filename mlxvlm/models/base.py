@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -48,8 +49,11 @@ class QuantPaths:
     tower: str
 
 
+_MAX_NUMBER = 2**31 - 1  # MLX's own for sizes
+
+
 def check_numbers(config: Any) -> None:
-    """Raises ValueError naming each int or float field of a config dataclass that is no positive number.
+    """Raises ValueError naming each int or float field of a config dataclass that is no positive number, or too large.
 
     Token ids may be 0. Layers take some wrong values without a word and fail, or answer nonsense, on the first request.
     """
@@ -59,7 +63,9 @@ def check_numbers(config: Any) -> None:
         if entry.type not in ("int", "float"):
             continue
         is_number = isinstance(value, int | float) if entry.type == "float" else isinstance(value, int)
-        if not is_number or isinstance(value, bool) or value < 0 or (value == 0 and not entry.name.endswith("_id")):
+        is_token = entry.name.endswith("_id")
+        is_in_range = 0 < value <= _MAX_NUMBER if isinstance(value, int) else is_number and 0 < value < math.inf
+        if not is_number or isinstance(value, bool) or not (is_in_range or (is_token and value == 0)):
             wrong.append(f"{entry.name} {value!r}")
     if wrong:
         raise ValueError(f"no positive number: {', '.join(wrong)}")
@@ -109,7 +115,8 @@ Features: TypeAlias = Sequence[mx.array | None]
 class VisionLanguageModel(Protocol):
     """A family's model. Holds weights only: everything of a request lives on its Sequence.
 
-    One whose RowState holds arrays also has `state_bytes(prompt) -> int`: what they take, and what they are made from.
+    One whose RowState holds arrays also has `state_bytes(prompt) -> int`, what they take and what they are made from,
+    and `row_state(states, sizes, tail)`, which makes them; see mllama.
     """
 
     kv_specs: Sequence[KVSpec]

@@ -35,7 +35,7 @@ def activation(name: str) -> Activation:
 
 
 def unshared(x: mx.array) -> mx.array:
-    """What a block makes of its partial sum while one machine has all of its width; see shares.py for several."""
+    """What is made of a partial sum, or of what one rank has, while there is one rank; see shares.py for several."""
     return x
 
 

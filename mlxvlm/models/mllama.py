@@ -268,6 +268,7 @@ class VisionStates:
 
     keys: tuple[mx.array, ...]  # [1, K, S, Dh] for each cross layer
     values: tuple[mx.array, ...]
+    sizes: tuple[int, ...]  # states of each picture
     picture: mx.array  # int32 [S]: whose state each is
     tail: int  # the first state that the last prompt token sees, and with it every generated one
 
@@ -423,6 +424,7 @@ class Model(nn.Module):
         self.multi_modal_projector = nn.Linear(config.vision.output_size, config.text.hidden_size)
         self.language_model = LanguageModel(config)
         self._config = config
+        self._share = unshared  # of states that only one rank has made
 
     @property
     def kv_specs(self) -> list[KVSpec]:
@@ -447,8 +449,10 @@ class Model(nn.Module):
     def state_bytes(self, prompt: Prompt) -> int:
         """Of a row's VisionStates, and of the states that they are made from."""
         text, language = self._config.text, self.language_model.model
+        # Fewer than the config's on a rank of several.
+        kv_heads = next((layer.cross_attn._kv_heads for layer in language.cross_layers), 0)
         states = sum(math.prod(image.layout) for image in prompt.images) * self._config.vision.num_patches
-        per_layer = 2 * text.num_key_value_heads * text.head_dim
+        per_layer = 2 * kv_heads * text.head_dim
         values = per_layer * len(language.cross_layers) + text.hidden_size
         return states * values * int(language.norm.weight.dtype.size)
 
@@ -468,14 +472,16 @@ class Model(nn.Module):
         sizes = [0 if states is None else len(states) for states in features]
         given = [states for states in features if states is not None]
         states = mx.concatenate(given)[None].astype(embeds.dtype)  # [1, S, D]
-        keys, values = zip(*(layer.cross_attn.keys_and_values(states) for layer in text.cross_layers), strict=True)
-        vision = VisionStates(
-            keys=keys,
-            values=values,
-            picture=mx.array(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)),
-            tail=sum(sizes[: int(sees[-1].argmax())]),
-        )
-        return Inputs(embeds, sees=mx.array(sees)[None], rows=(RowState(vision=vision),))
+        tail = sum(sizes[: int(sees[-1].argmax())])
+        return Inputs(embeds, sees=mx.array(sees)[None], rows=(self.row_state(states, sizes, tail),))
+
+    def row_state(self, states: mx.array, sizes: Sequence[int], tail: int) -> RowState:
+        """What the cross layers read of pictures with states [1, S, D] in all, `sizes` of each; tail: VisionStates'."""
+        states = self._share(states)
+        layers = self.language_model.model.cross_layers
+        keys, values = zip(*(layer.cross_attn.keys_and_values(states) for layer in layers), strict=True)
+        picture = mx.array(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
+        return RowState(vision=VisionStates(keys, values, tuple(sizes), picture, tail))
 
     def embed_tokens(self, token_ids: mx.array, rows: Sequence[RowState]) -> Inputs:
         return Inputs(self.language_model.model.embed(token_ids), rows=rows)

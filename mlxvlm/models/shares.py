@@ -6,8 +6,9 @@ add up. Embeddings, norms and routers stay whole. Source: Shoeybi et al. 2019 (a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -35,6 +36,14 @@ class Rank:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank needs to know of its place. add: partial sums of this rank -> the whole, the same on every rank."""
+
+    rank: Rank
+    add: Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """What a rank has of a layer: `range` of the `full` rows or columns of its weight [..., out, in]."""
 
@@ -43,22 +52,27 @@ class Cut:
     full: int
     has_bias: bool  # a bias of a sum is added by the first rank alone
 
-    def of(self, leaf: str, array: mx.array) -> mx.array:
-        """A share of a layer's `weight`, `bias`, `scales` or `biases`, packed or not.
+    def place(self, leaf: str, shape: Sequence[int]) -> tuple[int, range] | None:
+        """Axis and range of a share in a layer's `weight`, `bias`, `scales` or `biases`, packed or not.
 
-        Raises ValueError where a group of quantised values would be cut.
+        None for the bias of a sum. Raises ValueError where a group of quantised values would be cut.
         """
         if leaf == "bias":
-            if self.axis == _ROWS:
-                return array[self.range.start : self.range.stop]
-            return array if self.has_bias else mx.zeros_like(array)
-        size = array.shape[self.axis]  # of columns fewer than `full` where they are packed
+            return (0, self.range) if self.axis == _ROWS else None
+        size = shape[self.axis]  # of columns fewer than `full` where they are packed
         start, first = divmod(self.range.start * size, self.full)
         stop, last = divmod(self.range.stop * size, self.full)
         if first or last:
             raise ValueError(f"columns {self.range.start} to {self.range.stop} of {self.full} cut a quantised group")
-        places = (..., slice(start, stop), slice(None)) if self.axis == _ROWS else (..., slice(start, stop))
-        return array[places]
+        return len(shape) + self.axis, range(start, stop)
+
+    def of(self, leaf: str, array: mx.array) -> mx.array:
+        """A rank's share of a leaf, see `place`."""
+        place = self.place(leaf, array.shape)
+        if place is None:
+            return array if self.has_bias else mx.zeros_like(array)
+        axis, own = place
+        return array[(*[slice(None)] * axis, slice(own.start, own.stop))]
 
 
 class HeadShare(NamedTuple):
@@ -120,7 +134,38 @@ def narrow(model: VisionLanguageModel, rank: Rank, add: Callable[[mx.array], mx.
             setattr(each.module, name, count)
         if each.is_summed:
             each.module._sum = add
-    return {_path(each.path, name): cut for each in found for name, cut in each.cuts.items()}
+    return _cuts(found)
+
+
+def column_units(model: VisionLanguageModel, count: int) -> Mapping[str, int]:
+    """Of each layer whose columns `count` ranks cut, by path: the largest number at whose multiples all cuts lie.
+
+    Raises ValueError as `narrow`.
+    """
+    assert isinstance(model, nn.Module)
+    units: dict[str, int] = {}
+    for index in range(count):
+        for path, cut in _cuts(_shared(model, Rank(index, count))).items():
+            if cut.axis == _COLUMNS:
+                units[path] = gcd(units.get(path, cut.full), cut.range.start, cut.range.stop)
+    return units
+
+
+def keep_decoder(model: VisionLanguageModel) -> None:
+    """Takes all out of a model but what ranks other than the first run: decoder layers, last norm, untied head."""
+    assert isinstance(model, nn.Module)
+    paths = model.quant_paths
+    kept = (f"{paths.decoder}.layers", f"{paths.decoder}.norm", paths.head)
+
+    def prune(module: Any, path: str) -> None:
+        for name in [name for name in module if not name.startswith("_")]:
+            child = _path(path, name)
+            if any(each.startswith(f"{child}.") for each in kept):
+                prune(module[name], child)
+            elif child not in kept:
+                del module[name]
+
+    prune(model, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,5 +219,9 @@ def _attention_share(path: str, module: Any, rank: Rank) -> _Share:
     return _Share(path, module, cuts, {"_heads": len(share.heads), "_kv_heads": len(share.kv_heads)}, True)
 
 
-def _path(module: str, layer: str) -> str:
-    return f"{module}.{layer}" if layer else module
+def _cuts(shares: Iterable[_Share]) -> Mapping[str, Cut]:
+    return {_path(each.path, name): cut for each in shares for name, cut in each.cuts.items()}
+
+
+def _path(*names: str) -> str:
+    return ".".join(name for name in names if name)

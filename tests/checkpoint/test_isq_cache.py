@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint import build as building
-from mlxvlm.checkpoint import isq_cache
+from mlxvlm.checkpoint import isq, isq_cache
 from mlxvlm.checkpoint.isq import AS_IT_IS
 from mlxvlm.checkpoint.isq_cache import ISQCache, entry_key
 from mlxvlm.checkpoint.load import LoadOptions, open_model
@@ -50,7 +49,7 @@ def entries(cache: Path) -> list[Path]:
 
 
 def no_quantising(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "_quantize", None)
+    monkeypatch.setattr(isq, "quantized", None)
 
 
 def test_the_second_load_reads_what_the_first_one_kept(

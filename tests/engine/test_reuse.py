@@ -17,6 +17,7 @@ from mlxvlm.engine.kv_cache import KVGroup
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.prefix_cache import PrefixCache
 from mlxvlm.engine.request import Request
+from mlxvlm.engine.rows import Rows
 from mlxvlm.engine.runner import ModelRunner
 from mlxvlm.engine.sequence import Phase
 from mlxvlm.engine.sequence import Sequence as EngineSequence
@@ -233,7 +234,7 @@ def test_requests_at_once_share_a_prompt() -> None:
 def test_prompts_that_are_read_in_turns_share_the_work() -> None:
     forwards: list[int] = []
     model = FakeModel(on_call=lambda x: forwards.append(x.shape[1]))
-    runner = ModelRunner(model, PrefixCache(PLENTY, 2), FeatureCache(0))
+    runner = ModelRunner(Rows(model, model.kv_specs), PrefixCache(PLENTY, 2), FeatureCache(0))
     ids = tuple(range(1, 22))
     sequences = [EngineSequence(SamplingParams(), Stream(lambda: None)) for _ in range(2)]
     for sequence in sequences:

@@ -106,7 +106,10 @@ def test_channels_last(shape: tuple[int, ...], expected: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("hidden_size", "32"), ("hidden_size", -1), ("num_hidden_layers", True), ("head_dim", 8.0), ("rms_norm_eps", "x")],
+    [
+        *(("hidden_size", "32"), ("hidden_size", -1), ("num_hidden_layers", True), ("head_dim", 8.0)),
+        *(("rms_norm_eps", "x"), ("rms_norm_eps", math.inf), ("hidden_size", 2**63)),
+    ],
 )
 def test_numbers_of_a_config(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} {value!r}"):
