@@ -7,12 +7,13 @@ All that several ranks must do alike goes through here: a rank that follows does
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlxvlm.engine.kv_cache import KVBatch, KVBlock, KVGroup, KVPass
+from mlxvlm.errors import MlxvlmError
 from mlxvlm.models.base import Features, Inputs, KVSpec, RowState, VisionLanguageModel
 from mlxvlm.processors.base import Prompt
 
@@ -154,6 +155,14 @@ class Ranks(Protocol):
         """What the others have left for keys and values, counted as this rank's."""
         ...
 
+    def watch(self, on_loss: Callable[[MlxvlmError], None]) -> None:
+        """on_loss: called from a thread of their own, once, where the model can't be run any more."""
+        ...
+
+    def doubt(self, failure: MlxvlmError) -> None:
+        """An error that nobody expected, on the engine's thread: where it is of all, on_loss is called before the end."""
+        ...
+
     def close(self) -> None:
         """The model is not run any more."""
         ...
@@ -167,6 +176,12 @@ class Alone:
 
     def free_bytes(self) -> float:
         return math.inf
+
+    def watch(self, on_loss: Callable[[MlxvlmError], None]) -> None:
+        pass
+
+    def doubt(self, failure: MlxvlmError) -> None:
+        pass
 
     def close(self) -> None:
         pass

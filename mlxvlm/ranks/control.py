@@ -19,11 +19,11 @@ from mlxvlm.errors import RanksError
 from mlxvlm.ranks.channel import Channel
 from mlxvlm.ranks.endings import end_process
 from mlxvlm.ranks.frames import encode
-from mlxvlm.ranks.place import Place
+from mlxvlm.ranks.place import TIMEOUT_S, Place
 
-TIMEOUT_S = 15.0  # of silence: a rank that is stopped, a cable that is pulled
 GRACE_S = 2.0  # for answers to say why they end, before the process does
 _LAST_WORDS_S = 2.0
+_LOOK_S = 0.2  # between looks at whether to go on waiting
 _END = None  # the message after which rank 0 says no more
 _SHOWN_CHARS = 1000  # of a rank's own words
 
@@ -55,10 +55,11 @@ class Link:
         """To all, in order; at once, whoever is slow. Raises ValueError for what is too long, or no JSON."""
         self._send(message)
 
-    def reports(self) -> list[dict[str, Any]]:
-        """Waits until each rank said ready(), or has more to say since the last time. Raises RanksError."""
+    def reports(self, check: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+        """Waits until each rank said ready(), or once more since the last time. Raises RanksError, and as `check`."""
         with self._changed:
-            self._changed.wait_for(lambda: self.lost is not None or all(self._reports))
+            while not self._changed.wait_for(lambda: self.lost is not None or all(self._reports), _LOOK_S):
+                check()
             if self.lost is not None:
                 raise RanksError(self.lost)
             return [said.pop(0) for said in self._reports]

@@ -17,12 +17,11 @@ from mlxvlm.errors import RanksError
 from mlxvlm.ranks.endings import no_longer_than
 from mlxvlm.ranks.frames import encode
 from mlxvlm.ranks.meeting import Check, Terms, first_message, gather, listen, report
-from mlxvlm.ranks.place import Place
+from mlxvlm.ranks.place import START_TIMEOUT_S, Place
 
 _TOKEN_BYTES = 32
 _TOKEN_S = 10.0  # for a rank to say it
 _ADDRESS_BYTES = 64  # of a host's number and a port, as JSON
-START_TIMEOUT_S = 60.0  # a rank that is slow to start: another disk, another Python
 
 
 @dataclass(frozen=True, slots=True)

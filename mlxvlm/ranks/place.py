@@ -6,7 +6,7 @@ Sources: mlx/_distributed_utils/launch.py and mlx/distributed/*/ of MLX 0.32; Op
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ _MPI_RANK, _MPI_COUNT = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
 _MAX_FILE_BYTES = 1 << 20
 _MAX_RANKS = 256  # no model has more heads to share
 _MAX_PORT = 65535
+TIMEOUT_S = 15.0  # of silence, then a rank is lost: it is stopped, asleep, or its cable is pulled
+START_TIMEOUT_S = 60.0  # for all to come: another disk, another Python
 
 Address = tuple[str, int]  # host, port
 
@@ -31,7 +33,6 @@ class Place:
     count: int
     backend: Literal["ring", "jaccl", "mpi"]  # of mx.distributed
     addresses: tuple[Address | None, ...] = ()  # by rank, as far as they are known
-    has_parent: bool = False  # --shards started it: it ends with the process that did
 
     @property
     def leader(self) -> Address | None:
@@ -43,6 +44,21 @@ class Place:
         index = self.index if index is None else index
         address = self.addresses[index] if index < len(self.addresses) else None
         return f"rank {index} of {self.count}" + ("" if address is None else f" ({address[0]})")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process that takes part in a group of ranks, and its limits."""
+
+    place: Place
+    timeout_s: float = TIMEOUT_S
+    start_timeout_s: float = START_TIMEOUT_S
+    check: Callable[[], None] = lambda: None  # called while ranks are waited for; raises what ends that
+
+    @property
+    def follows(self) -> bool:
+        """Whether another rank leads."""
+        return self.place.index > 0
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:
