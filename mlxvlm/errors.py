@@ -128,7 +128,7 @@ class EngineClosedError(MlxvlmError):
 
 
 class RanksError(MlxvlmError):
-    """Ranks that run a model together could not meet; or one is lost, silent, or has gone another way: none can go on."""
+    """Ranks that run a model together could not meet, or one is lost, silent, or has gone another way: all end."""
 
     http_status = 503
     exit_code = 1

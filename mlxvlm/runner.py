@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from mlxvlm.checkpoint.load import REQUANTIZE, LoadOptions, ModelSource, open_model
 from mlxvlm.engine.config import EngineConfig, EngineOptions
@@ -16,10 +16,6 @@ from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.errors import UsageError
 from mlxvlm.ranks.place import START_TIMEOUT_S, TIMEOUT_S, Member, find_place
-
-if TYPE_CHECKING:
-    from mlxvlm.models.base import VisionLanguageModel
-    from mlxvlm.models.shares import Share
 
 _CACHE, _MAC_CACHE = Path(".cache/mlxvlm/isq"), Path("Library/Caches/mlxvlm/isq")
 
@@ -116,16 +112,11 @@ def start(
         return Engine(partial(source.build, options), source.processor, config, progress, draft)
     from mlxvlm.ranks.roles import Lead, take_part
 
-    build, terms = partial(_share, source, options), _terms(source, options, config)
+    build, terms = partial(source.build, options), _terms(source, options, config)
     if member.follows:
         take_part(member, build, terms, max_memory_bytes, (config.kv_bits, config.kv_group_size))
     lead = Lead(member, build, terms)
     return Engine(lead.build, source.processor, config, progress, ranks=lead)
-
-
-def _share(source: ModelSource, options: LoadOptions, progress: Progress, share: Share) -> VisionLanguageModel:
-    model: VisionLanguageModel = source.build(options, progress, share)
-    return model
 
 
 def _check_alone(draft_model: ModelSource | None, engine: EngineOptions) -> None:

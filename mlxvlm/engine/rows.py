@@ -160,7 +160,7 @@ class Ranks(Protocol):
         ...
 
     def doubt(self, failure: MlxvlmError) -> None:
-        """An error that nobody expected, on the engine's thread: where it is of all, on_loss is called before the end."""
+        """Told of an unexpected error on the engine's thread: where ranks may have come apart by it, they end."""
         ...
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ GRACE_S = 2.0  # for answers to say why they end, before the process does
 _LAST_WORDS_S = 2.0
 _LOOK_S = 0.2  # between looks at whether to go on waiting
 _END = None  # the message after which rank 0 says no more
+_DONE = "done"  # the answer to it: no other rank waits for this one's part of a sum
 _SHOWN_CHARS = 1000  # of a rank's own words
 
 
@@ -44,6 +45,7 @@ class Link:
         self._place, self._timeout_s, self._end = place, timeout_s, end
         self._changed = threading.Condition()
         self._is_closing = False
+        self._done: set[int] = set()  # those that will compute no more
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._sending = threading.Lock()  # never waited for: who has it sends what others put into the outbox
         self._reports: list[list[dict[str, Any]]] = [[] for _ in connections]
@@ -72,15 +74,14 @@ class Link:
         return str(self.lost)
 
     def close(self, failure: str | None = None) -> None:
-        """Lets the others end well, or tells them why they can't; waits for them, no longer than the time-out."""
+        """Lets the others end well, or tells them why they can't; waits for them, no longer than for silent ones."""
         with self._changed:
             is_first, self._is_closing = not self._is_closing, True
             is_lost = self.lost is not None
         if is_first and not is_lost:
             self._send(_END if failure is None else {"lost": f"{self._place.name()} failed: {failure}"})
-            until = time.monotonic() + self._timeout_s
-            for channel in self._channels:
-                channel.finish(max(until - time.monotonic(), 0))
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._done) == len(self._channels), self._timeout_s)
         for channel in self._channels:
             channel.close()
 
@@ -102,12 +103,20 @@ class Link:
             with self._changed:
                 self._reports[index].append(report)
                 self._changed.notify_all()
+        elif message == _DONE:
+            self._is_done(index)
         else:
             text = message.get("failed") if isinstance(message, dict) else message
             self._lose(f"{self._place.name(index + 1)} failed: {str(text)[:_SHOWN_CHARS]}")
 
     def _miss(self, index: int, why: str) -> None:
+        self._is_done(index)
         self._lose(f"{self._place.name(index + 1)} was lost: {why}")
+
+    def _is_done(self, index: int) -> None:
+        with self._changed:
+            self._done.add(index)
+            self._changed.notify_all()
 
     def _lose(self, text: str) -> None:
         with self._changed:
@@ -136,7 +145,7 @@ class Wire:
         end: Callable[[str], Any] = end_process,
     ) -> None:
         """end: called once with why there is no going on, also while the main thread is inside MLX."""
-        self._place, self._end = place, end
+        self._place, self._timeout_s, self._end = place, timeout_s, end
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._is_over = False
         self._channel = Channel(connection, timeout_s, "rank-0")
@@ -158,8 +167,10 @@ class Wire:
             yield message
 
     def close(self) -> None:
-        """After the last message."""
+        """After the last message, when all is computed; returns when rank 0 heard that of all, and lets them go."""
         self._is_over = True
+        self._channel.send(encode(_DONE))
+        self._channel.finish(self._timeout_s)
         self._channel.close()
 
     def _hear(self, message: Any) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
+import mlx.core as mx
+
 from mlxvlm import __version__
 from mlxvlm.engine import device
 from mlxvlm.engine.failures import failure_of
@@ -106,6 +108,7 @@ def take_part(
         wire.ready({"free_bytes": bytes_})
         _log.info("%s has its share, %.2f GB", name, device.memory().active_bytes / 1e9)
         follow(rows, wire)
+        mx.synchronize()
 
     failure = failure_of(work)
     if failure is not None:
@@ -136,7 +139,7 @@ def _shard(group: Group, build: Build, progress: Progress) -> Shard:
 
 
 def _is_of_all(failure: MlxvlmError) -> bool:
-    """Whether ranks may have come apart: MLX raises RuntimeError when a rank is lost, and whatever a device fails of."""
+    """Whether ranks may have come apart: MLX raises RuntimeError for a lost rank, and where a device fails."""
     return isinstance(failure, RanksError) or (
         isinstance(failure, InternalError) and str(failure).startswith(f"{RuntimeError.__name__}:")
     )
