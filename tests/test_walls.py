@@ -48,19 +48,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         {"", "ranks", "engine", "models.base", "models.shares", "processors.base", "errors"},
         {"mlx", "numpy"},
     ),
-    "runner": (
-        {
-            "checkpoint.load",
-            "engine",
-            "ranks.place",
-            "ranks.roles",
-            "models.base",
-            "models.shares",
-            "messages",
-            "errors",
-        },
-        set(),
-    ),
+    "runner": ({"checkpoint.load", "engine", "ranks.place", "ranks.roles", "messages", "errors"}, set()),
     "server": (
         {
             *("", "server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
