@@ -75,7 +75,7 @@ def test_what_can_not_be(tmp_path: Path, hosts: Any, rank: str, words: str) -> N
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="MLX_HOSTFILE: .*nowhere"):
+    with pytest.raises(UsageError, match=r"MLX_HOSTFILE: .*nowhere"):
         find_place({"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "nowhere")})
     with pytest.raises(UsageError, match=r"mlx\.launch --backend"):
         find_place({"MLX_RANK": "0"})
@@ -88,12 +88,15 @@ JSON = st.recursive(
 )
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hosts")
+
+
 @given(hosts=JSON, rank=st.text(max_size=3))
-def test_whatever_is_said_a_place_or_a_usage_error(
-    tmp_path_factory: pytest.TempPathFactory, hosts: Any, rank: str
-) -> None:
+def test_whatever_is_said_a_place_or_a_usage_error(folder: Path, hosts: Any, rank: str) -> None:
     try:
-        place = find_place(ring(tmp_path_factory.mktemp("hosts"), hosts, rank))
+        place = find_place(ring(folder, hosts, rank))
     except UsageError:
         return
     assert place is None or (0 <= place.index < place.count == len(place.addresses))
