@@ -37,7 +37,7 @@ from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
 from mlxvlm.engine.stats import CacheStats, EngineStats
 from mlxvlm.engine.stream import Stream
-from mlxvlm.errors import EngineClosedError, MlxvlmError, OverloadedError, UsageError
+from mlxvlm.errors import EngineClosedError, InternalError, MlxvlmError, OverloadedError, UsageError
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.processors.base import Processor, Prompt
 
@@ -218,6 +218,7 @@ class Engine(Asking):
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except BaseException as error:  # noqa: BLE001 - as in failure_of(); the constructor waits for it
             model = None  # whoever keeps the error keeps this frame
+            self._ranks.close(f"{type(error).__name__}: {error}")
             self._loaded.set_exception(error)
             return False
         self._loaded.set_result(None)
@@ -233,6 +234,7 @@ class Engine(Asking):
         if runner is not None:
             runner.prefixes.close()
             del runner
+        self._ranks.close()
         self.__dict__.pop("_constraints", None)  # its threads
         mx.clear_cache()
         # Without this, MLX may abort the process at its exit.
@@ -261,6 +263,8 @@ class Engine(Asking):
     def _guarded(self, sequences: Seq[Sequence], work: Command) -> bool:
         """Whether work is done; an unexpected error becomes the error of the requests that it belongs to."""
         failure = failure_of(work)
+        if isinstance(failure, InternalError):
+            self._ranks.fail(failure)
         if failure is not None:
             self._fail(sequences, failure)
         return failure is None

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlxvlm.engine.kv_cache import KVBatch, KVBlock, KVGroup, KVPass
+from mlxvlm.errors import MlxvlmError
 from mlxvlm.models.base import Features, Inputs, KVSpec, RowState, VisionLanguageModel
 from mlxvlm.processors.base import Prompt
 
@@ -154,8 +155,12 @@ class Ranks(Protocol):
         """What the others have left for keys and values, counted as this rank's."""
         ...
 
-    def close(self) -> None:
-        """The model is not run any more."""
+    def fail(self, failure: MlxvlmError) -> None:
+        """Some work has failed in a way that the others may not have: none can go on, as far as anybody knows."""
+        ...
+
+    def close(self, failure: str | None = None) -> None:
+        """The model is not run any more, or could not be loaded."""
         ...
 
 
@@ -168,5 +173,8 @@ class Alone:
     def free_bytes(self) -> float:
         return math.inf
 
-    def close(self) -> None:
+    def fail(self, failure: MlxvlmError) -> None:
+        pass
+
+    def close(self, failure: str | None = None) -> None:
         pass
