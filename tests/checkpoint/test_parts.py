@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlxvlm.checkpoint import isq
@@ -98,6 +97,28 @@ def test_a_share_is_cut_from_the_whole(family: str, count: int, isq: str | None,
     for index in range(count):
         found = tensors_of(built(folders[family], share_of(index, count), isq=isq))
         assert_same(found, cut_of(built(folders[family], isq=isq), index, count))
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+@pytest.mark.parametrize("family", CASES)
+def test_shares_together_are_the_whole(family: str, isq: str | None, tmp_path: Path) -> None:
+    """Laid beside each other, biases of sums added up, and what is not cut the same on all ranks."""
+    folder = write_wide(tmp_path / "m", family, config=wide(family, attention_bias=True, mlp_bias=True))
+    whole = tensors_of(built(folder, isq=isq))
+    shares = [tensors_of(built(folder, share_of(index, 4), isq=isq)) for index in range(4)]
+    num_cut = 0
+    for name, array in whole.items():
+        parts = [np.array(share[name]) for share in shares if name in share]
+        axes = [axis for axis, size in enumerate(array.shape) if parts[0].shape[axis] != size]
+        if axes:
+            num_cut += 1
+            assert len(parts) == 4
+            assert np.array_equal(np.concatenate(parts, axes[0]), array), name
+        elif name.endswith(("o_proj.bias", "down_proj.bias")):
+            assert np.array_equal(sum(parts), array), name
+        else:
+            assert all(np.array_equal(part, array) for part in parts), name
+    assert num_cut > len(whole) / 4
 
 
 @pytest.mark.parametrize("kind", ["4@32", "3@64", "mxfp4"])
@@ -186,18 +207,25 @@ def test_bytes_of_a_share(family: str, count: int, isq: str | None, tmp_path: Pa
         assert sum(array.nbytes for array in found.values()) <= (shared / count + own) * BAR
 
 
-def test_peak_of_a_share_is_the_share_and_one_expert(tmp_path: Path) -> None:
-    config = wide("llama4", hidden_size=256, intermediate_size=512, num_local_experts=16)
+@pytest.mark.parametrize("isq", [None, "4"])
+def test_peak_of_a_share_is_the_share_and_an_expert(isq: str | None, tmp_path: Path) -> None:
+    config = wide("llama4", hidden_size=256, intermediate_size=512, num_local_experts=16, num_hidden_layers=2)
     folder = write_wide(tmp_path / "m", "llama4", config=config)
     largest = max(array.nbytes for array in read_weights(folder).values())
-    for quantised in (None, "4"):
-        gc.collect()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        size = sum(array.nbytes for array in tensors_of(built(folder, share_of(1, 2), isq=quantised)).values())
-        assert mx.get_peak_memory() - before <= 1.1 * (size + 3 * largest // 16) + 2**18
-        gc.collect()
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    size = sum(array.nbytes for array in tensors_of(built(folder, share_of(1, 2), isq=isq)).values())
+    assert mx.get_peak_memory() - before <= size + largest // 16
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+def test_what_is_bound_is_evaluated(isq: str | None, folders: dict[str, Path]) -> None:
+    """Lazy arrays can't be read in another thread."""
+    found = tensors_of(built(folders["llama4"], share_of(1, 2), isq=isq))
+    with ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(np.array, found.values()))
 
 
 def test_progress_is_that_of_the_share(folders: dict[str, Path]) -> None:
@@ -351,34 +379,3 @@ class TestCache:
         with pytest.raises(UsageError, match="can't be shared by 9 ranks"):
             built(folders["llama4"], share_of(0, 9), isq="4@32", isq_cache=tmp_path)
         assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def numbers(tmp_path_factory: pytest.TempPathFactory) -> tuple[TensorFile, Mapping[str, np.ndarray]]:
-    """Tensors of several types and ranks, none but the first aligned."""
-    arrays: dict[str, np.ndarray] = {"odd": np.arange(3, dtype=np.uint8)}
-    for kind in (np.uint8, np.float16, np.uint32, np.float32):
-        for shape in ((7,), (5, 8), (3, 4, 6)):
-            name = f"{np.dtype(kind).name}_{len(shape)}"
-            arrays[name] = np.arange(np.prod(shape)).reshape(shape).astype(kind)
-    path = tmp_path_factory.mktemp("numbers") / "a.safetensors"
-    mx.save_safetensors(str(path), {name: mx.array(array) for name, array in arrays.items()})
-    return TensorFile(path), arrays
-
-
-@given(st.data())
-def test_parts_are_slices(numbers: tuple[TensorFile, Mapping[str, np.ndarray]], data: st.DataObject) -> None:
-    file, arrays = numbers
-    name = data.draw(st.sampled_from(sorted(arrays)))
-    expected, ranges = arrays[name], {}
-    for axis in data.draw(st.sets(st.sampled_from(range(expected.ndim)))):
-        size = expected.shape[axis]
-        borders = sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=6)))
-        pieces = [range(start, stop) for start, stop in zip(borders[::2], borders[1::2], strict=False)]
-        ranges[axis] = pieces
-        expected = np.take(expected, [place for piece in pieces for place in piece], axis)
-    before = file.bytes_read
-    found = file.read_part(name, ranges)
-    assert found.shape == expected.shape
-    assert np.array_equal(found.bits, expected)
-    assert file.bytes_read - before == expected.nbytes
