@@ -1,6 +1,6 @@
 """Every error a user can meet. Each class knows its HTTP status and exit code; nothing here knows why it is raised.
 
-Exit codes: 0 done, 2 usage, 3 input, 4 model, 5 internal, 130 interrupted.
+Exit codes: 0 done, 1 a rank was lost, 2 usage, 3 input, 4 model, 5 internal, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -128,9 +128,10 @@ class EngineClosedError(MlxvlmError):
 
 
 class RanksError(MlxvlmError):
-    """One of several ranks that run a model together is lost, silent, or has gone another way: none can go on."""
+    """Ranks that run a model together could not meet, or one is lost, silent, or has gone another way: all end."""
 
     http_status = 503
+    exit_code = 1
 
 
 class AnswerTimeoutError(MlxvlmError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,8 @@ from mlxvlm.engine.config import EngineConfig, EngineOptions
 from mlxvlm.engine.draft_model import Draft
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
+from mlxvlm.errors import UsageError
+from mlxvlm.ranks.place import START_TIMEOUT_S, TIMEOUT_S, Member, find_place
 
 _CACHE, _MAC_CACHE = Path(".cache/mlxvlm/isq"), Path("Library/Caches/mlxvlm/isq")
 
@@ -36,6 +39,8 @@ def load(
     max_memory_bytes: int | None = None,
     draft_model: str | None = None,
     progress: Progress | None = None,
+    rank_timeout_s: float = TIMEOUT_S,
+    rank_start_timeout_s: float = START_TIMEOUT_S,
     **engine: Unpack[EngineOptions],
 ) -> Engine:
     """An engine with a model: "demo", a local folder, a GGUF file, or a Hugging Face repository id.
@@ -54,7 +59,9 @@ def load(
     max_rows: requests that run at once (16). prefix_cache_dir: a folder for what was made of prompts, for the next
     start of the same model; prefix_cache_dir_bytes: its limit (10 GiB); prefix_cache_eager: also what was used once.
     progress: called with (bytes done, bytes in all) while weights are read.
-    Raises UsageError, ModelError and its kinds. Close the engine, or use it in a `with` block.
+    Under mlx.launch all ranks run the model together (docs/scale.md): on rank 0 this returns, on the others it never
+    does: they end with rank 0, or when one is silent for rank_timeout_s, or not there after rank_start_timeout_s.
+    Raises UsageError, ModelError and its kinds, RanksError. Close the engine, or use it in a `with` block.
     """
     source = open_model(
         model, revision=revision, chat_template=_path(chat_template), mmproj=_path(mmproj), from_uqff=from_uqff
@@ -68,7 +75,9 @@ def load(
         requantize,
     )
     draft = None if draft_model is None else open_model(draft_model)
-    return start(source, options, progress, max_memory_bytes, draft, **engine)
+    place = find_place(os.environ)
+    member = None if place is None else Member(place, rank_timeout_s, rank_start_timeout_s)
+    return start(source, options, progress, max_memory_bytes, draft, member, **engine)
 
 
 def start(
@@ -77,10 +86,16 @@ def start(
     progress: Progress | None = None,
     max_memory_bytes: int | None = None,
     draft_model: ModelSource | None = None,
+    member: Member | None = None,
     **engine: Unpack[EngineOptions],
 ) -> Engine:
-    """An engine with an opened model; see load()."""
+    """An engine with an opened model; see load(). member: of ranks that run it together, None for this process alone.
+
+    Does not return on ranks after the first: SystemExit when rank 0 is done.
+    """
     options, draft = options or LoadOptions(), None
+    if member is not None:
+        _check_alone(draft_model, engine)
     if draft_model is not None:
         # As it is stored: how the large model is quantised is not meant for the small one.
         build = partial(draft_model.build, LoadOptions(options.dtype))
@@ -93,7 +108,42 @@ def start(
         model_id=source.identity(options) if engine.get("prefix_cache_dir") else "",
         **engine,
     )
-    return Engine(partial(source.build, options), source.processor, config, progress, draft)
+    if member is None:
+        return Engine(partial(source.build, options), source.processor, config, progress, draft)
+    from mlxvlm.ranks.roles import Lead, take_part
+
+    build, terms = partial(source.build, options), _terms(source, options, config)
+    if member.follows:
+        take_part(member, build, terms, max_memory_bytes, (config.kv_bits, config.kv_group_size))
+    lead = Lead(member, build, terms)
+    return Engine(lead.build, source.processor, config, progress, ranks=lead)
+
+
+def _check_alone(draft_model: ModelSource | None, engine: EngineOptions) -> None:
+    """Raises UsageError for what several ranks can't do."""
+    if draft_model is not None:
+        raise UsageError(
+            "several ranks can't have a draft model: leave draft_model (--draft-model) out, guesses then come from the "
+            "text so far"
+        )
+    if engine.get("prefix_cache_dir") is not None:
+        raise UsageError(
+            "several ranks can't keep prompts in files, each would need its own: leave prefix_cache_dir "
+            "(--prefix-cache) out, memory still keeps them"
+        )
+
+
+def _terms(source: ModelSource, options: LoadOptions, config: EngineConfig) -> dict[str, str]:
+    """What all ranks must be asked for alike; where a file lies may differ."""
+    from mlxvlm.ranks.roles import terms_of
+
+    try:
+        recipe = "" if options.topology is None else options.topology.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"topology {options.topology}: {error}") from error
+    files = source.files or sorted(source.folder.glob("*.safetensors"))
+    asked = (options.dtype, options.isq, options.isq_tower, options.requantize, config.kv_bits, config.kv_group_size)
+    return terms_of(source.config, [(path.name, path.stat().st_size) for path in files], [*asked, recipe])
 
 
 def cache_folder(choice: bool | str | Path) -> Path | None:

@@ -44,10 +44,15 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"pydantic"},
     ),
-    "runner": ({"checkpoint.load", "engine", "messages", "errors"}, set()),
+    "ranks": (
+        {"", "ranks", "engine", "models.base", "models.shares", "processors.base", "errors"},
+        {"mlx", "numpy"},
+    ),
+    "runner": ({"checkpoint.load", "engine", "ranks.place", "ranks.roles", "messages", "errors"}, set()),
     "server": (
         {
             *("", "server", "runner", "engine", "checkpoint.load", "checkpoint.build", "checkpoint.estimate"),
+            "ranks.place",
             *("processors.sources", "processors.base", "api", "agent", "messages", "errors"),
         },
         {"starlette", "uvicorn", "h11", "httpx2", "prometheus_client", "pydantic"},
@@ -69,6 +74,8 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
             # Pictures are decoded when they are attached, and shown.
             "processors.images",
             "checkpoint.inventory",
+            "ranks.place",
+            "ranks.launch",
             # What its users' commands say.
             "mistralrs.architectures",
         },

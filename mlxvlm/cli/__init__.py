@@ -34,7 +34,7 @@ _COMMANDS: Mapping[str, ModuleType] = {
     each.__name__.rpartition(".")[2]: each for each in (run, chat, serve, quantize, doctor, bench, models, pull)
 }
 _FLAGS = ("-h", "--help", "--version", "--debug")
-_EPILOG = "exit codes: 0 done, 2 usage, 3 input, 4 model, 5 internal error, 130 interrupted"
+_EPILOG = "exit codes: 0 done, 1 a rank was lost, 2 usage, 3 input, 4 model, 5 internal error, 130 interrupted"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("--version", action="version", version=f"mlxvlm {__version__}")
+    root.set_defaults(argv=())  # what main() was given
     root.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS.values():
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, strays = root.parse_known_args(argv)
     if strays:
         root.error(_stray(args, argv, strays))
+    args.argv = argv
     try:
         code: int = args.execute(args)
         sys.stdout.flush()

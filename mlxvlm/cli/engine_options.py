@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import ModelSource
     from mlxvlm.engine.config import EngineOptions
     from mlxvlm.engine.engine import Engine
+    from mlxvlm.ranks.place import Member
     from mlxvlm.runner import Progress
 
 
@@ -22,12 +23,21 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_speculation_options(parser)
 
 
-def start_engine(args: argparse.Namespace, source: ModelSource, progress: Progress, options: EngineOptions) -> Engine:
-    """The engine of an opened model as the flags have it, with what engine_options() gave. Raises MlxvlmError."""
+def start_engine(
+    args: argparse.Namespace,
+    source: ModelSource,
+    progress: Progress,
+    options: EngineOptions,
+    member: Member | None = None,
+) -> Engine:
+    """The engine of an opened model as the flags have it, with what engine_options() gave. Raises MlxvlmError.
+
+    Ranks after the first don't get one, see runner.start().
+    """
     from mlxvlm.cli.options import load_options
     from mlxvlm.runner import start
 
-    return start(source, load_options(args), progress, max_memory_bytes(args), draft_source(args), **options)
+    return start(source, load_options(args), progress, max_memory_bytes(args), draft_source(args), member, **options)
 
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:

@@ -21,6 +21,7 @@ from mlxvlm.cli.options import (
 )
 from mlxvlm.cli.printable import printable
 from mlxvlm.cli.progress import byte_bar
+from mlxvlm.cli.ranks_options import add_ranks_options, follow, membership
 from mlxvlm.cli.sampling_options import add_sampling_options, sampling_params
 from mlxvlm.cli.tool_options import add_tool_options, call_text, chat_tools, mcp_tools, tool_answer
 from mlxvlm.errors import InputError, UsageError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mlxvlm.engine.request import Completion, Delta, Request
     from mlxvlm.engine.stream import Stream
     from mlxvlm.messages import Message, ToolCall
+    from mlxvlm.ranks.place import Member
 
 _MAX_TOKENS = 2048
 _INTERRUPTED = 130
@@ -78,11 +80,19 @@ def add_parser(commands: Any) -> None:
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
     add_tool_options(parser)
+    add_ranks_options(parser)
     parser.set_defaults(execute=execute)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
+    with membership(args) as member:
+        if member is not None and member.follows:
+            follow(args, member)
+        return _run(args, member)
+
+
+def _run(args: argparse.Namespace, member: Member | None) -> int:
     from mlxvlm.engine.request import Request
     from mlxvlm.messages import ImageOptions
     from mlxvlm.runner import sampling_defaults
@@ -101,7 +111,7 @@ def execute(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         tools = chat_tools(args, source, stack.enter_context(mcp_tools(args.mcp_config)))
         progress = stack.enter_context(byte_bar("loading"))
-        engine = stack.enter_context(start_engine(args, source, progress, options))
+        engine = stack.enter_context(start_engine(args, source, progress, options, member))
         request = Request(messages, sampling, image_options=sizes, prompt=prompt, timeout_s=timeout_s)
         answer = _print_json if args.json else _print_stream
         return answer(args, engine, _submitted(args, engine, request, tools), prepare_s)

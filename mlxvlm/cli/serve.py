@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvlm.cli.engine_options import add_engine_options, engine_options, max_memory_bytes
 from mlxvlm.cli.options import REQUANTIZE, add_model_options, add_quantisation_options, load_options
+from mlxvlm.cli.ranks_options import add_ranks_options, membership
 from mlxvlm.cli.tool_options import add_tool_options, mcp_tools
 from mlxvlm.errors import UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.agent.loop import BoundTool
+    from mlxvlm.ranks.place import Member
     from mlxvlm.server.registry import ModelSpec
     from mlxvlm.server.settings import ServerSettings
 
 API_KEY_VARIABLE = "MLXVLM_API_KEY"  # a secret: other users of a machine can read command lines
 # mistral.rs has these words before the model; here the checkpoint says what it is.
 _KINDS = ("auto", "run", "text", "plain", "vision", "vision-plain", "multimodal")
-_NOT_IN_FILES = ("kind", "config")
+_NOT_IN_FILES = ("kind", "config", "shard_of")
 # Of one model: in [models.NAME] too, and beside one -m only where they name a file of it.
 _SOURCE = ("arch", "mmproj", "from_uqff", "revision", "chat_template")
 _ONE_MODEL = (*_SOURCE, "draft_model")
@@ -82,6 +84,7 @@ def add_parser(commands: Any) -> None:
         "--ui", action=argparse.BooleanOptionalAction, help="the page for browsers (default: for this machine only)"
     )
     add_tool_options(parser)
+    add_ranks_options(parser)
     # None and False stand for what is not given: the defaults come after the file.
     parser.set_defaults(kv_group_size=None)
     parser.set_defaults(unset=vars(parser.parse_args([])), parser=parser, execute=execute)
@@ -139,15 +142,30 @@ def execute(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.kind!r} belongs to no flag, and is no kind of model: -m gives the model")
     flags, tables = merged(args)
     settings, specs = settings_of(flags), specs_of(flags, tables, args.parser)
-    with mcp_tools(settings.mcp_config) as mcp:
-        is_stuck = _run(settings, specs, mcp)
+    with membership(argparse.Namespace(**flags, argv=args.argv)) as member:
+        if member is not None:
+            _check_shared(settings, specs, member)
+        with mcp_tools(settings.mcp_config) as mcp:
+            is_stuck = _run(settings, specs, mcp, member)
     if is_stuck:
         sys.stdout.flush()
         os._exit(0)  # a fetch that does not end would hold up the interpreter's end
     return 0
 
 
-def _run(settings: ServerSettings, specs: list[ModelSpec], mcp: Sequence[BoundTool]) -> bool:
+def _check_shared(settings: ServerSettings, specs: list[ModelSpec], member: Member) -> None:
+    """Ranks after the first don't return. Raises UsageError, SystemExit."""
+    from mlxvlm.server.loading import CheckpointLoader
+    from mlxvlm.server.shared_model import check_shared
+
+    check_shared(specs, settings.idle_unload_s)
+    if member.follows:
+        CheckpointLoader(member).load(specs[0], lambda done, total: None)
+
+
+def _run(
+    settings: ServerSettings, specs: list[ModelSpec], mcp: Sequence[BoundTool], member: Member | None = None
+) -> bool:
     """Whether something can't be ended."""
     import asyncio
 
@@ -156,6 +174,7 @@ def _run(settings: ServerSettings, specs: list[ModelSpec], mcp: Sequence[BoundTo
     from mlxvlm.server.registry import Registry
     from mlxvlm.server.request_log import configure_logging
     from mlxvlm.server.serving import allow_connections, listen, serve, url_of
+    from mlxvlm.server.shared_model import SharedModel
 
     configure_logging(settings.log_json)
     if not settings.is_loopback and settings.api_key is None:
@@ -168,7 +187,9 @@ def _run(settings: ServerSettings, specs: list[ModelSpec], mcp: Sequence[BoundTo
     listener = listen(settings)
 
     async def main() -> bool:
-        registry = Registry(specs, CheckpointLoader(), idle_unload_s=settings.idle_unload_s, drain_s=settings.drain_s)
+        kind = Registry if member is None else SharedModel
+        loader = CheckpointLoader(member)
+        registry = kind(specs, loader, idle_unload_s=settings.idle_unload_s, drain_s=settings.drain_s)
         names = ", ".join(registry.names)
         await serve(
             assemble(registry, settings, mcp),

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TypeAlias
@@ -37,7 +37,7 @@ from mlxvlm.engine.scheduler import Scheduler
 from mlxvlm.engine.sequence import Phase, Sequence
 from mlxvlm.engine.stats import CacheStats, EngineStats
 from mlxvlm.engine.stream import Stream
-from mlxvlm.errors import EngineClosedError, InternalError, MlxvlmError, OverloadedError, UsageError
+from mlxvlm.errors import EngineClosedError, MlxvlmError, OverloadedError, UsageError
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.processors.base import Processor, Prompt
 
@@ -77,6 +77,7 @@ class Engine(Asking):
         self._closing = threading.Event()
         self._ranks: Ranks = ranks or Alone()
         self._loaded: Future[None] = Future()
+        self._ranks.watch(self.abandon)
         self._pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="mlxvlm-prepare")
         self._thread = threading.Thread(
             target=self._run, args=(build, progress, draft), name="mlxvlm-engine", daemon=True
@@ -157,6 +158,21 @@ class Engine(Asking):
             while True:
                 self._commands.get_nowait()
 
+    def abandon(self, error: MlxvlmError) -> None:
+        """Ends every request with an error and takes no more, also while the engine's thread is in MLX for ever.
+
+        Callable from any thread. Memory stays where it is: the process is to end.
+        """
+        with self._lock:
+            self._refusing, self._why_closed = True, str(error)
+            streams = [sequence.stream for sequence in self._open.values()]
+        for stream in streams:
+            stream.put(error)  # what comes after the first end is read by nobody
+        with suppress(InvalidStateError):
+            self._loaded.set_exception(error)
+        self._closing.set()
+        self._commands.put(lambda: None)
+
     def __enter__(self) -> Engine:
         return self
 
@@ -181,10 +197,12 @@ class Engine(Asking):
                     self._drain()
                     failure = failure_of(self._tick)
                     if failure is not None:
+                        self._ranks.doubt(failure)
                         self._decoding.pending = None
                         self._fail(self._all_open(), failure)
         finally:
             self._shut_down()
+            self._ranks.close()
 
     def _load(self, build: Build, progress: Progress | None, draft: Draft | None) -> bool:
         def report(done: int, total: int) -> None:
@@ -218,10 +236,11 @@ class Engine(Asking):
             self._scheduler = Scheduler(self.config.max_rows, self._admission)
         except BaseException as error:  # noqa: BLE001 - as in failure_of(); the constructor waits for it
             model = None  # whoever keeps the error keeps this frame
-            self._ranks.close(f"{type(error).__name__}: {error}")
-            self._loaded.set_exception(error)
+            with suppress(InvalidStateError):
+                self._loaded.set_exception(error)
             return False
-        self._loaded.set_result(None)
+        with suppress(InvalidStateError):  # it was abandoned
+            self._loaded.set_result(None)
         return True
 
     def _shut_down(self) -> None:
@@ -263,9 +282,8 @@ class Engine(Asking):
     def _guarded(self, sequences: Seq[Sequence], work: Command) -> bool:
         """Whether work is done; an unexpected error becomes the error of the requests that it belongs to."""
         failure = failure_of(work)
-        if isinstance(failure, InternalError):
-            self._ranks.fail(failure)
         if failure is not None:
+            self._ranks.doubt(failure)
             self._fail(sequences, failure)
         return failure is None
 

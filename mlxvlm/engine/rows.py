@@ -7,7 +7,7 @@ All that several ranks must do alike goes through here: a rank that follows does
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -155,12 +155,16 @@ class Ranks(Protocol):
         """What the others have left for keys and values, counted as this rank's."""
         ...
 
-    def fail(self, failure: MlxvlmError) -> None:
-        """Some work has failed in a way that the others may not have: none can go on, as far as anybody knows."""
+    def watch(self, on_loss: Callable[[MlxvlmError], None]) -> None:
+        """on_loss: called from a thread of their own, once, where the model can't be run any more."""
         ...
 
-    def close(self, failure: str | None = None) -> None:
-        """The model is not run any more, or could not be loaded."""
+    def doubt(self, failure: MlxvlmError) -> None:
+        """Told of an unexpected error on the engine's thread: where ranks may have come apart by it, they end."""
+        ...
+
+    def close(self) -> None:
+        """The model is not run any more."""
         ...
 
 
@@ -173,8 +177,11 @@ class Alone:
     def free_bytes(self) -> float:
         return math.inf
 
-    def fail(self, failure: MlxvlmError) -> None:
+    def watch(self, on_loss: Callable[[MlxvlmError], None]) -> None:
         pass
 
-    def close(self, failure: str | None = None) -> None:
+    def doubt(self, failure: MlxvlmError) -> None:
+        pass
+
+    def close(self) -> None:
         pass

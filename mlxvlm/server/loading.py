@@ -5,6 +5,7 @@ from __future__ import annotations
 from mlxvlm.agent.formats import tool_format
 from mlxvlm.checkpoint.load import open_model
 from mlxvlm.errors import ModelError, UsageError
+from mlxvlm.ranks.place import Member
 from mlxvlm.runner import start
 from mlxvlm.server.registry import LoadedModel, ModelSpec, Progress
 
@@ -12,7 +13,10 @@ _ROOM_FOR_ROWS = 1.2  # times the weights: keys, values and what is computed wit
 
 
 class CheckpointLoader:
-    """A Loader; MLX is first imported in its threads."""
+    """A Loader; MLX is first imported in its threads. member: of ranks that run a model together."""
+
+    def __init__(self, member: Member | None = None) -> None:
+        self._member = member
 
     def check(self, spec: ModelSpec) -> None:
         from mlxvlm.checkpoint.build import recipe_of
@@ -41,4 +45,5 @@ class CheckpointLoader:
         source = open_model(spec.model, **spec.source)
         draft = None if spec.draft_model is None else open_model(spec.draft_model)
         tools = tool_format(source.processor.template, source.processor.tokenizer)
-        return LoadedModel(spec.name, start(source, spec.options, progress, draft_model=draft, **spec.limits), tools)
+        engine = start(source, spec.options, progress, draft_model=draft, member=self._member, **spec.limits)
+        return LoadedModel(spec.name, engine, tools)

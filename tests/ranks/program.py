@@ -1,7 +1,7 @@
 """What each rank of a test runs: `python -m tests.ranks.program JOBS`, with the environment of mlx.launch.
 
-JOBS: a JSON list of checkpoints and how to load them. Rank 0 answers with each on its own and with all ranks, and writes
-a line of JSON a job: its name, and what went wrong.
+JOBS: a JSON list of checkpoints and how to load them. Rank 0 asks each on its own and with all ranks, and writes a line
+of JSON for it: its name, and what went wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,10 @@ from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Request
 from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.models.shares import Share
 from mlxvlm.processors.base import Prompt
-from mlxvlm.ranks.company import Leader, Work, serve_leader
-from mlxvlm.ranks.place import Place, find_place
+from mlxvlm.ranks.place import Member, find_place
+from mlxvlm.ranks.roles import Lead, take_part
 from tests.golden import GOLDENS, Case
 from tests.test_schedules import BLOCK, LONGEST, NAMES, SCHEDULE, Row, Setting, Watched
 
@@ -70,9 +71,8 @@ class Job:
             prefix_block_tokens=BLOCK,
         )
 
-    @property
-    def work(self) -> Work:
-        return Work(self.source, LoadOptions("float32", isq=self.isq), self.kv_bits, 32)
+    def build(self, progress: Any, share: Share | None = None) -> VisionLanguageModel:
+        return self.source.build(LoadOptions("float32", isq=self.isq), progress, share)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Alone:
         return {"greedy": self.answers[scenario]}
 
 
-class Watching(Leader):
+class Watching(Lead):
     """Whose model is watched."""
 
     def build(self, progress: Any) -> VisionLanguageModel:
@@ -116,17 +116,17 @@ def sampled_of(engine: Engine, prompts: dict[str, Prompt]) -> list[list[int]]:
 
 
 @contextmanager
-def both(job: Job, place: Place) -> Iterator[tuple[Setting, list[list[int]]]]:
+def both(job: Job, member: Member) -> Iterator[tuple[Setting, list[list[int]]]]:
     """The engine of all ranks, and what one rank alone says."""
-    with Engine(lambda report: job.source.build(job.work.options, report), job.source.processor, job.config) as one:
+    with Engine(job.build, job.source.processor, job.config) as one:
         alone, seeded = answers_of(one, job.prompts)
-    leader = Watching(place, job.work)
-    with Engine(leader.build, job.source.processor, job.config, ranks=leader) as engine:
-        yield Setting(Alone(alone), engine, leader.watched, job.prompts, {}), seeded  # type: ignore[arg-type]
+    lead = Watching(member, job.build, {"the job": job.name})
+    with Engine(lead.build, job.source.processor, job.config, ranks=lead) as engine:
+        yield Setting(Alone(alone), engine, lead.watched, job.prompts, {}), seeded  # type: ignore[arg-type]
 
 
-def check(job: Job, place: Place) -> None:
-    with both(job, place) as (setting, seeded):
+def check(job: Job, member: Member) -> None:
+    with both(job, member) as (setting, seeded):
         greedy, found = answers_of(setting.engine, job.prompts)
         assert greedy == setting.case.answers, "alone"  # type: ignore[attr-defined]
         assert found == seeded, "sampled"
@@ -147,15 +147,17 @@ def check(job: Job, place: Place) -> None:
 def main() -> None:
     place = find_place(os.environ)
     assert place is not None
+    member = Member(place)
     kv_cache._SHORT = 32  # so that rows change groups
     for entry in json.loads(Path(sys.argv[1]).read_text()):
         job = Job(**entry)
-        if place.index:
-            serve_leader(place, job.work)
+        if member.follows:
+            with suppress(SystemExit):
+                take_part(member, job.build, {"the job": job.name}, None, (job.kv_bits, 32))
             continue
         problem = ""
         try:
-            check(job, place)
+            check(job, member)
         except BaseException:  # noqa: BLE001 - the test that reads the line fails with it
             problem = traceback.format_exc()
         print(json.dumps({"name": job.name, "problem": problem}), flush=True)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from mlxvlm.cli.engine_options import add_engine_options, engine_options, start_engine
 from mlxvlm.cli.options import add_image_options, add_model_options, add_quantisation_options, open_source
 from mlxvlm.cli.progress import byte_bar
+from mlxvlm.cli.ranks_options import add_ranks_options, follow, membership
 from mlxvlm.cli.sampling_options import add_sampling_options, sampling_params
 from mlxvlm.cli.tool_options import add_tool_options, chat_tools, mcp_tools
 
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import ModelSource
     from mlxvlm.cli.chat.session import Session
+    from mlxvlm.ranks.place import Member
 
 _MAX_TOKENS = 2048
 _EPILOG = """\
@@ -55,11 +57,19 @@ def add_parser(commands: Any) -> None:
     add_image_options(parser)
     add_sampling_options(parser, _MAX_TOKENS)
     add_tool_options(parser)
+    add_ranks_options(parser)
     parser.set_defaults(execute=execute)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
+    with membership(args) as member:
+        if member is not None and member.follows:
+            follow(args, member)
+        return _talk(args, member)
+
+
+def _talk(args: argparse.Namespace, member: Member | None) -> int:
     from mlxvlm.cli.chat.session import Picture, Session
     from mlxvlm.messages import ImageOptions
     from mlxvlm.runner import sampling_defaults
@@ -72,7 +82,7 @@ def execute(args: argparse.Namespace) -> int:
     with mcp_tools(args.mcp_config) as mcp:
         tools = chat_tools(args, source, mcp)
         with byte_bar("loading") as progress:
-            engine = start_engine(args, source, progress, options)
+            engine = start_engine(args, source, progress, options, member)
         sizes = ImageOptions(args.min_pixels, args.max_pixels)
         about = _about(source, args)
         session = Session(engine, args.model, about, sampling, sizes, system=args.system, pending=pictures, tools=tools)

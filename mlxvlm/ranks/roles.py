@@ -1,0 +1,146 @@
+"""What rank 0 does and what the others do with a model that they run together. Knows how ranks' parts fit together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn, Protocol, cast
+
+import mlx.core as mx
+
+from mlxvlm import __version__
+from mlxvlm.engine import device
+from mlxvlm.engine.failures import failure_of
+from mlxvlm.engine.kv_layout import quantised
+from mlxvlm.engine.rows import Rows
+from mlxvlm.errors import InternalError, MlxvlmError, RanksError
+from mlxvlm.models.base import KVSpec, VisionLanguageModel
+from mlxvlm.models.shares import Rank, Share
+from mlxvlm.ranks.control import Link, Wire
+from mlxvlm.ranks.endings import end_process
+from mlxvlm.ranks.follower import FollowerRows, follow
+from mlxvlm.ranks.group import Group, join
+from mlxvlm.ranks.leader import LeaderRows
+from mlxvlm.ranks.place import Member
+from mlxvlm.ranks.shard import Shard
+
+_SETTLE_S = 1.0  # MLX notices a lost rank first, the control plane knows which one
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+class Build(Protocol):
+    """A model's weights, narrowed and evaluated."""
+
+    def __call__(self, progress: Progress, share: Share) -> VisionLanguageModel: ...
+
+
+class Lead:
+    """Rank 0's way to the others: builds the model for an Engine, and is its `ranks`."""
+
+    def __init__(self, member: Member, build: Build, terms: Mapping[str, str]) -> None:
+        self._member, self._build, self._terms = member, build, terms
+        self._on_loss: Callable[[MlxvlmError], None] = lambda error: None
+        self._link: Link | None = None
+        self._free_bytes = 0.0
+
+    def build(self, progress: Progress) -> VisionLanguageModel:
+        """When all others have theirs too. Raises RanksError, and what building raises, which the others are told."""
+        member = self._member
+
+        def check() -> None:
+            progress(0, 0)  # raises where loading was interrupted
+            member.check()
+
+        group = join(member.place, self._terms, member.start_timeout_s, check)
+        self._link = link = Link(group.place, group.connections, member.timeout_s)
+        link.on_loss = lambda text: self._on_loss(RanksError(text))
+        try:
+            shard = _shard(group, self._build, progress)
+            heads, reports = shard.kv_specs[0].num_kv_heads, link.reports(partial(progress, 0, 0))
+            # Where heads don't divide evenly, another's row may take more than this one's.
+            self._free_bytes = min(report["free_bytes"] * heads / report["kv_heads"] for report in reports)
+        except BaseException as error:
+            link.close(str(error) or type(error).__name__)
+            raise
+        return shard
+
+    def rows(self, model: VisionLanguageModel, specs: Sequence[KVSpec]) -> Rows:
+        assert self._link is not None
+        return LeaderRows(cast(Shard, model), specs, self._link.tell)
+
+    def free_bytes(self) -> float:
+        return self._free_bytes
+
+    def watch(self, on_loss: Callable[[MlxvlmError], None]) -> None:
+        self._on_loss = on_loss
+
+    def doubt(self, failure: MlxvlmError) -> None:
+        if self._link is not None and _is_of_all(failure):
+            self._link.fail(str(failure), _SETTLE_S)
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+
+
+def take_part(
+    member: Member, build: Build, terms: Mapping[str, str], budget: int | None, layout: tuple[int | None, int]
+) -> NoReturn:
+    """What a rank after the first does until rank 0 is done. Raises SystemExit.
+
+    budget: bytes for weights and rows, None for what the device recommends. layout: see kv_layout.quantised().
+    """
+    name = member.place.name()
+    _log.info("%s waits for the others", name)
+    group = join(member.place, terms, member.start_timeout_s, member.check)
+    wire = Wire(group.place, group.connections[0], member.timeout_s)
+
+    def work() -> None:
+        device.configure()
+        shard = _shard(group, build, lambda done, total: None)
+        rows = FollowerRows(shard, quantised(shard.kv_specs, *layout))
+        bytes_ = (device.default_budget() if budget is None else budget) - device.memory().active_bytes
+        wire.ready({"free_bytes": bytes_, "kv_heads": shard.kv_specs[0].num_kv_heads})
+        _log.info("%s has its share, %.2f GB", name, device.memory().active_bytes / 1e9)
+        follow(rows, wire)
+        mx.synchronize()
+
+    failure = failure_of(work)
+    if failure is not None:
+        if _is_of_all(failure):
+            time.sleep(_SETTLE_S)  # rank 0 may know better what it was, and end this process
+        wire.failed(str(failure))
+        end_process(f"{name}: {failure}")
+    wire.close()
+    raise SystemExit(0)
+
+
+def terms_of(config: Mapping[str, Any], files: Sequence[tuple[str, int]], options: Sequence[Any]) -> dict[str, str]:
+    """What all ranks must be asked for alike. files: names and sizes of the weights."""
+    return {
+        "mlxvlm": __version__,
+        "the model": _digest([config, sorted(files)]),
+        "options": _digest([str(each) for each in options]),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _shard(group: Group, build: Build, progress: Progress) -> Shard:
+    rank = Rank(group.place.index, group.place.count)
+    return Shard(build(progress, Share(rank, group.add)), rank, group.distributed)
+
+
+def _is_of_all(failure: MlxvlmError) -> bool:
+    """Whether ranks may have come apart: MLX raises RuntimeError for a lost rank, and where a device fails."""
+    return isinstance(failure, RanksError) or (
+        isinstance(failure, InternalError) and str(failure).startswith(f"{RuntimeError.__name__}:")
+    )
