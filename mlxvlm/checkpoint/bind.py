@@ -19,7 +19,7 @@ from mlxvlm.checkpoint.container import TensorFile
 from mlxvlm.checkpoint.isq import AS_IT_IS, Plan, Recipe, make_plan, stream
 from mlxvlm.checkpoint.packed import OUTPUT_SCALE, QuantSpec
 from mlxvlm.checkpoint.parts import Parts
-from mlxvlm.errors import UsageError, WeightsError
+from mlxvlm.errors import UnsupportedModelError, UsageError, WeightsError
 from mlxvlm.models.base import VisionLanguageModel
 from mlxvlm.models.repacked import repacked
 from mlxvlm.models.shares import Cut, Share, column_units, keep_decoder, narrow
@@ -97,7 +97,7 @@ def streamed(
     if recipe != AS_IT_IS and not plan.specs:
         log.warning("nothing is quantised: no layer that the type or the topology asks for is in full precision")
     cuts = {} if share is None else narrowed(model, share)
-    named = {name: _cut(name, named[name], cuts) for name, _ in tree_flatten(model.parameters())}
+    named = {name: _cut(name, named[name], cuts) for name in dict(tree_flatten(model.parameters()))}
     quantised = {f"{path}.weight" for path in plan.specs}
     parts = Parts(model.sanitize, files, weights, quantised, cuts) if cuts or quantised else None
     weights.clear()
@@ -115,20 +115,28 @@ def streamed(
 
 
 def _units(model: VisionLanguageModel, count: int) -> Mapping[str, int]:
-    """See `column_units`. Raises UsageError where the model, or one of its quantised groups, can't be shared."""
-    assert isinstance(model, nn.Module)
+    """See `column_units`. Raises UsageError for too many ranks, UnsupportedModelError where groups would be cut."""
     try:
         units = column_units(model, count)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    path, group_size = min(_cut_groups(model, units), default=("", 0))
+    if path:
+        fewer = next(n for n in range(count - 1, 0, -1) if not any(_cut_groups(model, column_units(model, n))))
+        raise UnsupportedModelError(
+            f"{path} is quantised in groups of {group_size} columns, which {count} ranks would cut: use "
+            f"{fewer}, or the checkpoint in full precision with isq (--isq)"
+        )
+    return units
+
+
+def _cut_groups(model: VisionLanguageModel, units: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Path and group size of each quantised module that is cut inside a group."""
+    assert isinstance(model, nn.Module)
     modules: dict[str, Any] = dict(model.named_modules())
     for path, unit in units.items():
         if "scales" in modules[path] and unit % modules[path].group_size:
-            raise UsageError(
-                f"{path} is quantised in groups of {modules[path].group_size} columns, which {count} ranks would cut: "
-                f"use fewer ranks, or the checkpoint in full precision with isq (--isq)"
-            )
-    return units
+            yield path, modules[path].group_size
 
 
 def narrowed(model: VisionLanguageModel, share: Share) -> Mapping[str, Cut]:

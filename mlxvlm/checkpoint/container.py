@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
-from itertools import chain, product
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +146,7 @@ class TensorFile:
         return self._entries[name].shape
 
     def read(self, name: str) -> Tensor:
-        return self.read_part(name, {})
+        return self._read(name, self._entries[name])
 
     def outline(self, name: str) -> Tensor:
         """Its type and shape, with zeros that take no room: nothing is read."""
@@ -158,27 +155,45 @@ class TensorFile:
 
     def read_part(self, name: str, ranges: Mapping[int, Sequence[range]]) -> Tensor:
         """Of each axis given only these ranges of it, one after the other; nothing else is read."""
-        entry = self._entries[name]
-        shape = [sum(map(len, ranges[axis])) if axis in ranges else size for axis, size in enumerate(entry.shape)]
-        data = np.empty(nbytes(entry.dtype, shape), np.uint8)
-        rest = memoryview(data)
+        entry, rest = self._entries[name], dict(ranges)
+        for axis in sorted(ranges):
+            if len(ranges[axis]) > 1 or math.prod(entry.shape[:axis]) != 1:
+                break
+            (own,) = rest.pop(axis)
+            step = nbytes(entry.dtype, entry.shape[axis + 1 :])
+            start, shape = entry.start + own.start * step, (*entry.shape[:axis], len(own), *entry.shape[axis + 1 :])
+            entry = _Entry(entry.dtype, shape, start, start + len(own) * step)
+        return self._read_apart(name, entry, rest) if rest else self._read(name, entry)
+
+    def _read_apart(self, name: str, entry: _Entry, ranges: Mapping[int, Sequence[range]]) -> Tensor:
+        """Pieces that lie apart, of a mapped file: a call for each would wait for the disk each time."""
+        size = nbytes(entry.dtype, ())
         try:
-            with self.path.open("rb", buffering=0) as file:
-                for start, count in _runs(entry, ranges):
-                    file.seek(self._data + entry.start + start)
-                    self._fill(rest[:count], file, name)
-                    rest = rest[count:]
+            data: Bytes = np.memmap(self.path, np.uint8, "r", self._data + entry.start, (entry.end - entry.start,))
         except OSError as error:
             raise WeightsError(f"{self.path} can't be read: {error.strerror}") from error
+        except ValueError as error:  # the file has become shorter
+            raise WeightsError(damage(self.path, f"{name} ends too early")) from error
+        data = data.reshape(*entry.shape, size)
+        shape = list(entry.shape)
+        for axis, pieces in ranges.items():
+            places = [(*[slice(None)] * axis, slice(each.start, each.stop)) for each in pieces]
+            data = np.concatenate([data[place] for place in places], axis) if len(places) > 1 else data[places[0]]
+            shape[axis] = data.shape[axis]
+        data = np.array(data).reshape(-1)
         self.bytes_read += data.size
         return Tensor(entry.dtype, tuple(shape), data)
 
-    def _fill(self, place: memoryview, file: RawIOBase, name: str) -> None:
-        while place:
-            count = file.readinto(place)  # of large reads systems do a part
-            if not count:
-                raise WeightsError(damage(self.path, f"{name} ends too early"))
-            place = place[count:]
+    def _read(self, name: str, entry: _Entry) -> Tensor:
+        count = entry.end - entry.start
+        try:
+            data = np.fromfile(self.path, np.uint8, count, offset=self._data + entry.start)
+        except OSError as error:
+            raise WeightsError(f"{self.path} can't be read: {error.strerror}") from error
+        if data.size != count:
+            raise WeightsError(damage(self.path, f"{name} ends too early"))
+        self.bytes_read += count
+        return Tensor(entry.dtype, entry.shape, data)
 
     def _parsed(self, header: bytes, size: int) -> dict[str, _Entry]:
         """Entries that fit their types and shapes, and together cover `size` bytes without gap or overlap."""
@@ -218,21 +233,6 @@ class TensorFile:
         if max(shape, default=0) > _MAX_DIM:
             raise WeightsError(damage(self.path, f"{name} has the shape {shape}"))
         return _Entry(dtype, tuple(shape), start, end)
-
-
-def _runs(entry: _Entry, ranges: Mapping[int, Sequence[range]]) -> Iterator[tuple[int, int]]:
-    """Start in the tensor and length, in bytes, of each piece that lies together in the file."""
-    last = max(ranges, default=-1)
-    steps = [nbytes(entry.dtype, entry.shape[axis + 1 :]) for axis in range(last + 1)]
-    if not steps:
-        yield 0, entry.end - entry.start
-        return
-    pieces = [(each.start * steps[last], len(each) * steps[last]) for each in ranges[last]]
-    before = [chain(*ranges[axis]) if axis in ranges else range(entry.shape[axis]) for axis in range(last)]
-    for place in product(*before):
-        start = sum(map(mul, place, steps))
-        for offset, count in pieces:
-            yield start + offset, count
 
 
 def _are_sizes(value: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxvlm.checkpoint.container import TensorFile
-from mlxvlm.models.shares import Cut
+from mlxvlm.models.shares import Cut, Place
 
 Tensors: TypeAlias = dict[str, mx.array]
 Sanitize: TypeAlias = Callable[[Tensors], Tensors]
@@ -110,7 +110,7 @@ class Parts:
         raise AssertionError(f"{name} has no axis along which {', '.join(places)} could be cut")
 
     def _lines(
-        self, name: str, shape: Sequence[int], axis: int, numbers: NDArray[Any], places: Mapping[str, tuple[int, range]]
+        self, name: str, shape: Sequence[int], axis: int, numbers: NDArray[Any], places: Mapping[str, Place]
     ) -> Mapping[str, NDArray[Any]]:
         """What `sanitize` makes of numbers along an axis: their order along each target's axis."""
         # Two of all else are enough to be split, and cost nothing.
@@ -123,7 +123,7 @@ class Parts:
         }
 
 
-def cut_place(name: str, shape: Sequence[int], cuts: Mapping[str, Cut]) -> tuple[int, range] | None:
+def cut_place(name: str, shape: Sequence[int], cuts: Mapping[str, Cut]) -> Place | None:
     """Axis and range of a rank's share of a model's tensor, None where all of it is read."""
     path, _, leaf = name.rpartition(".")
     return cuts[path].place(leaf, shape) if path in cuts else None

@@ -254,6 +254,7 @@ class Engine(Asking):
         if runner is not None:
             runner.prefixes.close()
             del runner
+        self._ranks.close()
         self.__dict__.pop("_constraints", None)  # its threads
         mx.clear_cache()
         # Without this, MLX may abort the process at its exit.

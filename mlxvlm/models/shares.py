@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +21,8 @@ from mlxvlm.models.layers import GatedMLP
 # MLPs are cut at multiples of the largest of these that leaves each rank one: groups of quantised layers stay whole.
 _UNITS = (128, 64, 32, 1)
 _ROWS, _COLUMNS = -2, -1  # axes of a weight [..., out, in]
+
+Place: TypeAlias = tuple[int, range]  # an axis, and what is taken along it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Cut:
     full: int
     has_bias: bool  # a bias of a sum is added by the first rank alone
 
-    def place(self, leaf: str, shape: Sequence[int]) -> tuple[int, range] | None:
+    def place(self, leaf: str, shape: Sequence[int]) -> Place | None:
         """Axis and range of a share in a layer's `weight`, `bias`, `scales` or `biases`, packed or not.
 
         None for the bias of a sum. Raises ValueError where a group of quantised values would be cut.

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import mlx.core as mx
 
@@ -66,7 +66,9 @@ class Lead:
         link.on_loss = lambda text: self._on_loss(RanksError(text))
         try:
             shard = _shard(group, self._build, progress)
-            self._free_bytes = min(float(report["free_bytes"]) for report in link.reports(partial(progress, 0, 0)))
+            heads, reports = shard.kv_specs[0].num_kv_heads, link.reports(partial(progress, 0, 0))
+            # Where heads don't divide evenly, another's row may take more than this one's.
+            self._free_bytes = min(report["free_bytes"] * heads / report["kv_heads"] for report in reports)
         except BaseException as error:
             link.close(str(error) or type(error).__name__)
             raise
@@ -75,8 +77,7 @@ class Lead:
 
     def rows(self, model: VisionLanguageModel, specs: Sequence[KVSpec]) -> Rows:
         assert self._link is not None
-        assert isinstance(model, Shard)
-        return LeaderRows(model, specs, self._link.tell)
+        return LeaderRows(cast(Shard, model), specs, self._link.tell)
 
     def free_bytes(self) -> float:
         return self._free_bytes
@@ -123,7 +124,7 @@ def take_part(
         shard = _shard(group, build, lambda done, total: None)
         rows = FollowerRows(shard, quantised(shard.kv_specs, *layout))
         bytes_ = (device.default_budget() if budget is None else budget) - device.memory().active_bytes
-        wire.ready({"free_bytes": bytes_})
+        wire.ready({"free_bytes": bytes_, "kv_heads": shard.kv_specs[0].num_kv_heads})
         _log.info("%s has its share, %.2f GB", name, device.memory().active_bytes / 1e9)
         follow(rows, wire)
         mx.synchronize()

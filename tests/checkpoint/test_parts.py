@@ -1,22 +1,45 @@
-"""Loading a rank's share: the same tensors as the whole's, and no more bytes read than it has."""
+"""Loading a rank's share: the same tensors as the whole's, and no more bytes read or held than its part."""
 
 from __future__ import annotations
 
+import gc
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxvlm.checkpoint import isq
 from mlxvlm.checkpoint.bind import narrowed
+from mlxvlm.checkpoint.build import recipe_of
+from mlxvlm.checkpoint.container import TensorFile
+from mlxvlm.checkpoint.isq import make_plan
 from mlxvlm.checkpoint.load import LoadOptions, open_model
+from mlxvlm.checkpoint.packed import QuantSpec
+from mlxvlm.checkpoint.quantize import quantize_folder
+from mlxvlm.checkpoint.weights import read_weights
+from mlxvlm.errors import UnsupportedModelError, UsageError, WeightsError
+from mlxvlm.families import family_of
 from mlxvlm.models.base import VisionLanguageModel
-from mlxvlm.models.shares import Rank, Share
+from mlxvlm.models.shares import Cut, Rank, Share, column_units, narrow
+from tests.checkpoint.layouts import write
 from tests.checkpoint.wide import CASES, config_of, write_wide
 
 Tensors = dict[str, mx.array]
+Log = pytest.LogCaptureFixture
 TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+BAR = 1.05  # of a rank's part of what is shared, and all of what is not
+HEADER_BYTES = 200_000  # more than all headers, configs and indices together
 
 
 def silent(done: int, total: int) -> None:
@@ -27,22 +50,22 @@ def share_of(index: int, count: int) -> Share:
     return Share(Rank(index, count), lambda part: part)
 
 
-def four_rank_config(family: str) -> dict[str, Any]:
-    """Heads, widths and quantisation groups divide by four."""
+def wide(family: str, **text: Any) -> dict[str, Any]:
+    """A config whose heads, widths and quantisation groups divide by four, but for what `text` says."""
     config = config_of(family)
-    text = config.get("text_config", config)
-    text |= TEXT
-    if "intermediate_size_mlp" in text:
-        text["intermediate_size_mlp"] = 512
+    part = config.get("text_config", config)
+    part |= TEXT | text
+    if "intermediate_size_mlp" in part:
+        part["intermediate_size_mlp"] = 2 * part["intermediate_size"]
     if family == "qwen2_vl":
-        config["vision_config"]["hidden_size"] = 128
+        config["vision_config"]["hidden_size"] = part["hidden_size"]
     return config
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("parts")
-    return {family: write_wide(root / family, family, config=four_rank_config(family)) for family in CASES}
+    return {family: write_wide(root / family, family, config=wide(family)) for family in CASES}
 
 
 def built(folder: Path, share: Share | None = None, **options: Any) -> VisionLanguageModel:
@@ -53,6 +76,12 @@ def tensors_of(model: Any) -> Tensors:
     return dict(tree_flatten(model.parameters()))
 
 
+def cut_of(whole: VisionLanguageModel, index: int, count: int) -> Tensors:
+    """The slow twin: a share of a model that was loaded whole."""
+    narrowed(whole, share_of(index, count))
+    return tensors_of(whole)
+
+
 def assert_same(found: Tensors, expected: Tensors) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -60,12 +89,293 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
         assert mx.array_equal(found[name], array).item(), name
 
 
-@pytest.mark.parametrize("isq", [None, "4@32", "8@32"])
+@pytest.mark.parametrize("isq", [None, "4@32", "8@64"])
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("family", CASES)
 def test_a_share_is_cut_from_the_whole(family: str, count: int, isq: str | None, folders: dict[str, Path]) -> None:
     """Bit for bit, whichever comes first: cutting or quantising."""
     for index in range(count):
-        whole = built(folders[family], isq=isq)
-        narrowed(whole, share_of(index, count))
-        assert_same(tensors_of(built(folders[family], share_of(index, count), isq=isq)), tensors_of(whole))
+        found = tensors_of(built(folders[family], share_of(index, count), isq=isq))
+        assert_same(found, cut_of(built(folders[family], isq=isq), index, count))
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+@pytest.mark.parametrize("family", CASES)
+def test_shares_together_are_the_whole(family: str, isq: str | None, tmp_path: Path) -> None:
+    """Laid beside each other, biases of sums added up, and what is not cut the same on all ranks."""
+    folder = write_wide(tmp_path / "m", family, config=wide(family, attention_bias=True, mlp_bias=True))
+    whole = tensors_of(built(folder, isq=isq))
+    shares = [tensors_of(built(folder, share_of(index, 4), isq=isq)) for index in range(4)]
+    num_cut = 0
+    for name, array in whole.items():
+        parts = [np.array(share[name]) for share in shares if name in share]
+        axes = [axis for axis, size in enumerate(array.shape) if parts[0].shape[axis] != size]
+        if axes:
+            num_cut += 1
+            assert len(parts) == 4
+            assert np.array_equal(np.concatenate(parts, axes[0]), array), name
+        elif name.endswith(("o_proj.bias", "down_proj.bias")):
+            assert np.array_equal(sum(parts), array), name
+        else:
+            assert all(np.array_equal(part, array) for part in parts), name
+    assert num_cut > len(whole) / 4
+
+
+@pytest.mark.parametrize("kind", ["4@32", "3@64", "mxfp4"])
+@pytest.mark.parametrize("family", CASES)
+def test_a_share_of_a_quantised_checkpoint(family: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """In MLX-community's names and layout."""
+    folder = tmp_path / "packed"
+    quantize_folder(str(folders[family]), folder, recipe_of(LoadOptions(isq=kind)), "float32", silent)
+    for index, count in ((0, 2), (1, 2), (0, 4), (3, 4)):
+        found = tensors_of(built(folder, share_of(index, count)))
+        assert any(name.endswith(".scales") for name in found)
+        assert_same(found, cut_of(built(folder), index, count))
+
+
+UNEVEN: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "three ranks": ("llama4", 3, {}),
+    "more ranks than kv heads": ("llava_next", 4, {"num_key_value_heads": 2}),
+    "biases of sums": ("idefics3", 2, {"attention_bias": True, "mlp_bias": True}),
+    "no groups": ("mllama", 2, {"intermediate_size": 99}),
+}
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_shares_that_differ(kind: str, tmp_path: Path) -> None:
+    family, count, text = UNEVEN[kind]
+    folder = write_wide(tmp_path / "m", family, mx.bfloat16, wide(family, **text))
+    for index in range(count):
+        found = built(folder, share_of(index, count), dtype="bfloat16")
+        assert_same(tensors_of(found), cut_of(built(folder, dtype="bfloat16"), index, count))
+
+
+def test_experts_under_our_own_names(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Stored apart, [E, out, in], as MLX-community has them."""
+    weights = tensors_of(built(folders["llama4"]))
+    folder = write(tmp_path / "m", folders["llama4"], weights)
+    for quantised in (None, "4@32"):
+        found = tensors_of(built(folder, share_of(1, 4), isq=quantised))
+        assert_same(found, tensors_of(built(folders["llama4"], share_of(1, 4), isq=quantised)))
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_what_each_rank_holds(family: str, folders: dict[str, Path]) -> None:
+    """The first one all modules, the others layers, last norm and head."""
+    whole = built(folders[family])
+    paths, names = whole.quant_paths, tensors_of(whole).keys()
+    assert tensors_of(built(folders[family], share_of(0, 2))).keys() == names
+    kept = (f"{paths.decoder}.layers.", f"{paths.decoder}.norm.", f"{paths.head}.")
+    found = tensors_of(built(folders[family], share_of(1, 2)))
+    assert found.keys() == {name for name in names if name.startswith(kept)}
+    is_tied = family in ("qwen2_vl", "smolvlm")
+    assert any(name.startswith(f"{paths.head}.") for name in found) != is_tied
+
+
+def sizes(tensors: Mapping[str, mx.array], cuts: Mapping[str, Cut], kept: set[str]) -> tuple[int, int]:
+    """Bytes of what is shared, and of what a rank that holds the names `kept` has whole."""
+    shared = sum(array.nbytes for name, array in tensors.items() if name.rpartition(".")[0] in cuts)
+    own = sum(array.nbytes for name, array in tensors.items() if name.rpartition(".")[0] not in cuts and name in kept)
+    return shared, own
+
+
+def system_bytes_read() -> int:
+    """What this process asked the system for; mapped pages are not in it."""
+    text = Path("/proc/self/io").read_text() if Path("/proc/self/io").is_file() else "rchar: 0"
+    return int(re.findall(r"rchar: (\d+)", text)[0])
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("family", CASES)
+def test_bytes_of_a_share(family: str, count: int, isq: str | None, tmp_path: Path, caplog: Log) -> None:
+    config = wide(family, num_hidden_layers=8, vocab_size=512)
+    folder = write_wide(tmp_path / "m", family, config=config)
+    stored, whole = tensors_of(built(folder)), tensors_of(built(folder, isq=isq))
+    cuts = narrow(family_of(config).build_model(config), Rank(0, count), lambda part: part)
+    for index in range(count):
+        caplog.clear()
+        before = system_bytes_read()
+        with caplog.at_level(logging.INFO):
+            found = tensors_of(built(folder, share_of(index, count), isq=isq))
+        asked = system_bytes_read() - before
+        (read,) = [record.args[0] for record in caplog.records if "tensors were read" in record.msg]  # type: ignore[index]
+        shared, own = sizes(stored, cuts, {name.replace(".scales", ".weight") for name in found})
+        assert read <= (shared / count + own) * BAR
+        assert asked <= read + HEADER_BYTES
+        shared, own = sizes(whole, cuts, set(found))
+        assert sum(array.nbytes for array in found.values()) <= (shared / count + own) * BAR
+
+
+@pytest.mark.parametrize("isq", [None, "4"])
+def test_peak_of_a_share_is_the_share_and_an_expert(isq: str | None, tmp_path: Path) -> None:
+    config = wide("llama4", hidden_size=256, intermediate_size=512, num_local_experts=16, num_hidden_layers=2)
+    folder = write_wide(tmp_path / "m", "llama4", config=config)
+    largest = max(array.nbytes for array in read_weights(folder).values())
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    size = sum(array.nbytes for array in tensors_of(built(folder, share_of(1, 2), isq=isq)).values())
+    assert mx.get_peak_memory() - before <= size + largest // 16
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+def test_what_is_bound_is_evaluated(isq: str | None, folders: dict[str, Path]) -> None:
+    """Lazy arrays can't be read in another thread."""
+    found = tensors_of(built(folders["llama4"], share_of(1, 2), isq=isq))
+    with ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(np.array, found.values()))
+
+
+def test_progress_is_that_of_the_share(folders: dict[str, Path]) -> None:
+    steps: list[tuple[int, int]] = []
+    source = open_model(str(folders["llama4"]))
+    source.build(LoadOptions(isq="4"), lambda done, total: steps.append((done, total)), share_of(1, 4))
+    full = sum(array.nbytes for array in tensors_of(built(folders["llama4"], share_of(1, 4))).values())
+    assert steps[-1] == (full, full)
+
+
+class TestGroups:
+    """What is quantised has the same groups on all ranks, and no rank has a part of one."""
+
+    CONFIG = wide("idefics3", head_dim=16, intermediate_size=96)  # of two ranks' columns: 64 and 48
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return write_wide(tmp_path / "m", "idefics3", config=self.CONFIG)
+
+    def test_plans_fit_all_ranks(self) -> None:
+        def groups(count: int) -> tuple[int | None, int | None]:
+            model = family_of(self.CONFIG).build_model(self.CONFIG)
+            specs = make_plan(model, recipe_of(LoadOptions(isq="4@64")), column_units(model, count)).specs
+            layer = "model.text_model.layers.0."
+            found = [specs.get(f"{layer}{name}") for name in ("self_attn.o_proj", "mlp.down_proj")]
+            return tuple(spec and spec.group_size for spec in found)  # type: ignore[return-value]
+
+        assert [groups(count) for count in (1, 2, 3, 4)] == [(64, 32), (64, 32), (32, 32), (32, None)]
+
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_what_fits_no_group_is_told_by_all(self, count: int, folder: Path, caplog: Log) -> None:
+        """The twin: cut in full, then quantised by MLX's own nn.quantize."""
+        options = LoadOptions(isq="4@64")
+        lines = set()
+        for index in range(count):
+            caplog.clear()
+            found = tensors_of(built(folder, share_of(index, count), isq="4@64"))
+            lines.add(tuple(record.getMessage() for record in caplog.records if "not quantised" in record.msg))
+            twin = built(folder)
+            specs = make_plan(twin, recipe_of(options), column_units(twin, count)).specs
+            cut_of(twin, index, count)
+
+            def choose(path: str, module: nn.Module, specs: Mapping[str, QuantSpec] = specs) -> Any:
+                spec = specs.get(path)
+                return {"bits": spec.bits, "group_size": spec.group_size} if spec else False
+
+            nn.quantize(twin, class_predicate=choose)
+            assert_same(found, tensors_of(twin))
+        assert len(lines) == 1
+        assert bool(lines.pop()) == (count == 4)
+
+    def test_a_group_that_would_be_cut_is_named(self, folder: Path, tmp_path: Path) -> None:
+        packed = tmp_path / "packed"
+        quantize_folder(str(folder), packed, recipe_of(LoadOptions(isq="4@64")), "float32", silent)
+        for index in range(4):
+            with pytest.raises(
+                UnsupportedModelError,
+                match=r"layers\.0\.\S+ is quantised in groups of \d\d columns, which 4 ranks would cut: use 2, or the",
+            ):
+                built(packed, share_of(index, 4))
+        assert built(packed, share_of(1, 2))
+
+
+class TestErrors:
+    @pytest.mark.parametrize("index", range(2))
+    def test_too_many_ranks_before_anything_is_read(
+        self, index: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(TensorFile, "_read", None)
+        monkeypatch.setattr(TensorFile, "_read_apart", None)
+        with pytest.raises(UsageError, match=r"8 attention heads can't be shared by 9 ranks: use \d at most"):
+            built(folders["llama4"], share_of(index, 9), isq="4")
+
+    @pytest.mark.parametrize("index", range(2))
+    @pytest.mark.parametrize("spoil", ["missing", "unknown", "wrongly shaped"])
+    def test_misfits_are_the_same_for_all(
+        self, index: int, spoil: str, folders: dict[str, Path], tmp_path: Path
+    ) -> None:
+        """Also where this rank has no part of the tensor: all ranks end alike."""
+        weights = read_weights(folders["mllama"])
+        name = next(name for name in weights if name.startswith("vision_model.") and "q_proj" in name)
+        if spoil == "missing":
+            del weights[name]
+        elif spoil == "unknown":
+            weights["vision_model.more"] = weights[name]
+        else:
+            weights[name] = weights[name][:-1]
+        folder = write(tmp_path / "m", folders["mllama"], weights)
+        found = set()
+        for share in (None, share_of(index, 2)):
+            with pytest.raises(WeightsError, match=f"1 {spoil}: vision_model") as error:
+                built(folder, share)
+            found.add(str(error.value))
+        assert len(found) == 1
+
+    @pytest.mark.parametrize("isq", [None, "4@32"])
+    @pytest.mark.parametrize("family", ["llama4", "idefics3"])
+    def test_a_file_that_shrinks_meanwhile(self, family: str, isq: str | None, tmp_path: Path) -> None:
+        for part in (3, 20):
+            folder = write_wide(tmp_path / str(part), family, config=wide(family))
+            file = folder / "model.safetensors"
+
+            def shrink(done: int, total: int, file: Path = file, part: int = part) -> None:
+                os.truncate(file, min(file.stat().st_size, 40_000 * part))
+
+            with pytest.raises(WeightsError, match=r"can't be read|is damaged or truncated \(\S+ ends too early\)"):
+                open_model(str(folder)).build(LoadOptions(isq=isq), shrink, share_of(0, 2))
+
+    def test_a_damaged_file(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        folder = write(tmp_path / "m", folders["mllama"], read_weights(folders["mllama"]))
+        os.truncate(folder / "model.safetensors", 300_000)
+        found = set()
+        for share in (None, share_of(0, 2), share_of(1, 2)):
+            with pytest.raises(WeightsError, match="is damaged or truncated") as error:
+                built(folder, share)
+            found.add(str(error.value))
+        assert len(found) == 1
+
+    def test_files_that_are_not_read_in_part(self, folders: dict[str, Path]) -> None:
+        source = replace(open_model(str(folders["mllama"])), read=lambda *args: None)  # type: ignore[arg-type, return-value]
+        with pytest.raises(UsageError, match="GGUF and UQFF files can't be shared by several machines"):
+            source.build(LoadOptions(), silent, share_of(0, 2))
+
+
+class TestCache:
+    def test_each_rank_finds_its_own(
+        self, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, cache = folders["llama4"], tmp_path / "cache"
+        shares = [None, *(share_of(index, count) for count in (2, 4) for index in range(count))]
+        first = [tensors_of(built(folder, share, isq="4@32", isq_cache=cache)) for share in shares]
+        assert len(list(cache.iterdir())) == len(shares)
+        assert not mx.array_equal(*(np.array(first[index]["language_model.lm_head.weight"]) for index in (1, 2)))
+        titles = {json.loads(path.read_text())["of"] for path in cache.glob("*/manifest.json")}
+        assert f"{folder} --isq 4@32 (rank 3 of 4)" in titles
+        monkeypatch.setattr(isq, "quantized", None)
+        for share, expected in zip(shares, first, strict=True):
+            assert_same(tensors_of(built(folder, share, isq="4@32", isq_cache=cache)), expected)
+
+    def test_a_damaged_entry_is_made_again(self, folders: dict[str, Path], tmp_path: Path, caplog: Log) -> None:
+        cache = tmp_path / "cache"
+        first = tensors_of(built(folders["llama4"], share_of(1, 2), isq="4@32", isq_cache=cache))
+        (file,) = cache.glob("*/model.safetensors")
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size - 100)
+            stream.write(b"\xff" * 8)
+        assert_same(tensors_of(built(folders["llama4"], share_of(1, 2), isq="4@32", isq_cache=cache)), first)
+        assert "is damaged" in caplog.text
+
+    def test_too_many_ranks(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="can't be shared by 9 ranks"):
+            built(folders["llama4"], share_of(0, 9), isq="4@32", isq_cache=tmp_path)
+        assert not list(tmp_path.iterdir())
