@@ -111,7 +111,8 @@ def streamed(
         yield name, array
         done += sizes.get(name, 0)
         progress(done, total)
-    log.info("%d bytes of the checkpoint's tensors were read", lazy_bytes + (parts.bytes_read if parts else 0))
+    if files:
+        log.info("%d bytes of the checkpoint's tensors were read", lazy_bytes + (parts.bytes_read if parts else 0))
 
 
 def _units(model: VisionLanguageModel, count: int) -> Mapping[str, int]:
