@@ -108,6 +108,7 @@ def test_data_urls_base64_and_dropped_files(session: Session, tmp_path: Path) ->
         assert take(session, line).pictures[0].image.size == (256, 256)
     assert say(session, f"'{dropped}' What do you see?").finish_reason == "stop"
     assert len(session.turns[0].pictures) == 5
+    assert str(take(session, dropped.as_uri()).pictures[0]) == "my heart.png (256 x 256)"
 
 
 @pytest.mark.parametrize(
@@ -312,6 +313,7 @@ def test_every_command_has_help_and_leaving_leaves(session: Session) -> None:
     ("line", "error"),
     [
         (r"\help sed", r"there is no command \sed: did you mean \seed?"),
+        (r"\help temp", r"there is no command \temp: did you mean \temperature?"),
         (r"\help /imgae x", "there is no command /imgae: did you mean /image?"),
         (r"\help xyzzy", r"there is no command \xyzzy: \help lists them"),
         (r"\help /", "there is no command /: /help lists them"),

@@ -128,6 +128,11 @@ def test_lines_files_and_history(tmp_path: Path) -> None:
         terminal.type("\x1b[A")
         terminal.wait(lambda: "  you" in terminal.shown and "  see?" in terminal.shown)
         terminal.clear()
+        terminal.type("\x12What")  # Ctrl-R
+        terminal.wait(lambda: "I-search backward: What" in terminal.shown)
+        terminal.type("\x03")
+        terminal.wait(lambda: terminal.is_prompting() and "I-search" not in "".join(terminal.shown))
+        terminal.say("Hello!", "first token")
         assert terminal.leave() == 0
 
 
