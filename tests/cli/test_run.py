@@ -342,12 +342,10 @@ def test_both_outputs_tell_the_same_first_token_time(capsys: Capture, monkeypatc
 
 # Says on stderr that it has the first token, and can be interrupted.
 BEGUN = """
-import sys
-from mlxvlm.cli import main
-from mlxvlm.engine.stream import Stream
-take = Stream._take
-Stream._take = lambda stream: (print("begun", file=sys.stderr, flush=True), take(stream))[1]
-sys.exit(main(sys.argv[1:]))
+import sys, mlxvlm.cli, mlxvlm.engine.stream as engine
+take = engine.Stream._take
+engine.Stream._take = lambda stream: (print("begun", file=sys.stderr, flush=True), take(stream))[1]
+sys.exit(mlxvlm.cli.main(sys.argv[1:]))
 """
 
 
@@ -361,8 +359,8 @@ def endless(folder: Path, *argv: str, script: str = "") -> subprocess.Popen[byte
         config["text_config"]["max_position_embeddings"] = 10**6
 
     edit_config(model, forget_the_end)
-    program = ["-c", script] if script else ["-m", "mlxvlm"]
-    command = [sys.executable, *program, "run", "-m", str(model), "--max-tokens", "1000000", "hello", *argv]
+    program = [sys.executable, *(["-c", script] if script else ["-m", "mlxvlm"])]
+    command = [*program, "run", "-m", str(model), "--max-tokens", "1000000", "hello", *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -383,8 +381,7 @@ def test_ctrl_c_ends_with_what_was_produced(times: int, tmp_path: Path) -> None:
 
 def test_ctrl_c_with_json_prints_the_object(tmp_path: Path) -> None:
     child = endless(tmp_path, "--json", script=BEGUN)
-    assert child.stderr is not None
-    assert child.stderr.readline() == b"begun\n"  # the object comes at the end only
+    assert child.stderr is not None and child.stderr.readline() == b"begun\n"  # noqa: PT018 - the object comes last
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130
