@@ -195,6 +195,7 @@ class Engine(Asking):
             if self._load(build, progress, draft):
                 while not self._closing.is_set():
                     self._drain()
+                    self._ranks.pulse(False)
                     failure = failure_of(self._tick)
                     if failure is not None:
                         self._ranks.doubt(failure)
@@ -262,6 +263,7 @@ class Engine(Asking):
     def _drain(self) -> None:
         """Runs waiting commands; sleeps until the next deadline when there is nothing else to do."""
         idle = not self._scheduler.is_busy and self._decoding.pending is None
+        self._ranks.pulse(idle)
         left = min(max(self._next_deadline - time.perf_counter(), 0.0), _LONGEST_SLEEP_S)
         with suppress(queue.Empty):
             while True:
