@@ -180,7 +180,7 @@ class TensorFile:
             places = [(*[slice(None)] * axis, slice(each.start, each.stop)) for each in pieces]
             data = np.concatenate([data[place] for place in places], axis) if len(places) > 1 else data[places[0]]
             shape[axis] = data.shape[axis]
-        data = np.array(data).reshape(-1)
+        data = np.ascontiguousarray(data).reshape(-1)
         self.bytes_read += data.size
         return Tensor(entry.dtype, tuple(shape), data)
 

@@ -150,7 +150,8 @@ class VisionLanguageModel(Protocol):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Any known checkpoint layout -> this model's names and shapes, each tensor on its own.
 
-        A second call changes nothing.
+        A second call changes nothing. Of a decoder's layers and head, some rows, columns or experts become what they
+        become in the whole tensor.
         """
         ...
 

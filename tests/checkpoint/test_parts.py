@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,49 +15,28 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
-from mlxvlm.checkpoint import isq
 from mlxvlm.checkpoint.bind import narrowed
 from mlxvlm.checkpoint.build import recipe_of
-from mlxvlm.checkpoint.container import TensorFile
+from mlxvlm.checkpoint.estimate import memory_need
 from mlxvlm.checkpoint.isq import make_plan
 from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.quantize import quantize_folder
 from mlxvlm.checkpoint.weights import read_weights
-from mlxvlm.errors import UnsupportedModelError, UsageError, WeightsError
+from mlxvlm.engine.kv_cache import KVGroup, KVPass
+from mlxvlm.errors import UnsupportedModelError, UsageError
 from mlxvlm.families import family_of
-from mlxvlm.models.base import VisionLanguageModel
+from mlxvlm.models.base import Inputs, RowState, VisionLanguageModel
 from mlxvlm.models.shares import Cut, Rank, Share, column_units, narrow
 from tests.checkpoint.layouts import write
-from tests.checkpoint.wide import CASES, config_of, write_wide
+from tests.checkpoint.sharing import TEXT, Tensors, assert_same, built, share_of, silent, tensors_of, wide
+from tests.checkpoint.wide import CASES, write_wide
+from tests.models.test_shares import Sum, together
 
-Tensors = dict[str, mx.array]
 Log = pytest.LogCaptureFixture
-TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
 BAR = 1.05  # of a rank's part of what is shared, and all of what is not
 HEADER_BYTES = 200_000  # more than all headers, configs and indices together
-
-
-def silent(done: int, total: int) -> None:
-    pass
-
-
-def share_of(index: int, count: int) -> Share:
-    return Share(Rank(index, count), lambda part: part)
-
-
-def wide(family: str, **text: Any) -> dict[str, Any]:
-    """A config whose heads, widths and quantisation groups divide by four, but for what `text` says."""
-    config = config_of(family)
-    part = config.get("text_config", config)
-    part |= TEXT | text
-    if "intermediate_size_mlp" in part:
-        part["intermediate_size_mlp"] = 2 * part["intermediate_size"]
-    if family == "qwen2_vl":
-        config["vision_config"]["hidden_size"] = part["hidden_size"]
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +45,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_wide(root / family, family, config=wide(family)) for family in CASES}
 
 
-def built(folder: Path, share: Share | None = None, **options: Any) -> VisionLanguageModel:
-    return open_model(str(folder)).build(LoadOptions(**options), silent, share)
-
-
-def tensors_of(model: Any) -> Tensors:
-    return dict(tree_flatten(model.parameters()))
-
-
 def cut_of(whole: VisionLanguageModel, index: int, count: int) -> Tensors:
     """The slow twin: a share of a model that was loaded whole."""
     narrowed(whole, share_of(index, count))
     return tensors_of(whole)
-
-
-def assert_same(found: Tensors, expected: Tensors) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert mx.array_equal(found[name], array).item(), name
 
 
 @pytest.mark.parametrize("isq", [None, "4@32", "8@64"])
@@ -134,6 +96,7 @@ def test_a_share_of_a_quantised_checkpoint(family: str, kind: str, folders: dict
 
 
 UNEVEN: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one rank": ("llama4", 1, {}),
     "three ranks": ("llama4", 3, {}),
     "more ranks than kv heads": ("llava_next", 4, {"num_key_value_heads": 2}),
     "biases of sums": ("idefics3", 2, {"attention_bias": True, "mlp_bias": True}),
@@ -177,6 +140,26 @@ def sizes(tensors: Mapping[str, mx.array], cuts: Mapping[str, Cut], kept: set[st
     shared = sum(array.nbytes for name, array in tensors.items() if name.rpartition(".")[0] in cuts)
     own = sum(array.nbytes for name, array in tensors.items() if name.rpartition(".")[0] not in cuts and name in kept)
     return shared, own
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+@pytest.mark.parametrize("family", CASES)
+def test_the_estimate_of_a_share(family: str, isq: str | None, folders: dict[str, Path]) -> None:
+    folder = str(folders[family])
+    for index in range(2):
+        need = memory_need(folder, recipe=recipe_of(LoadOptions(isq=isq)), rank=Rank(index, 2))
+        held = tensors_of(built(folders[family], share_of(index, 2), isq=isq))
+        assert need.weights_bytes == sum(array.nbytes for array in held.values())
+        assert need.disk_bytes == sum(
+            array.nbytes for array in tensors_of(built(folders[family], share_of(index, 2))).values()
+        )
+        assert {spec.num_kv_heads for spec in need.kv_specs} == {2}
+        assert need.loading_bytes < memory_need(folder).loading_bytes
+    for name, uqff in (("model.gguf", None), (folder, "none.uqff")):
+        with pytest.raises(UsageError, match="GGUF and UQFF files can't be shared"):
+            memory_need(name, from_uqff=uqff, rank=Rank(0, 2))
+    with pytest.raises(UsageError, match="can't be shared by 9 ranks"):
+        memory_need(folder, rank=Rank(0, 9))
 
 
 def system_bytes_read() -> int:
@@ -289,93 +272,26 @@ class TestGroups:
         assert built(packed, share_of(1, 2))
 
 
-class TestErrors:
-    @pytest.mark.parametrize("index", range(2))
-    def test_too_many_ranks_before_anything_is_read(
-        self, index: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(TensorFile, "_read", None)
-        monkeypatch.setattr(TensorFile, "_read_apart", None)
-        with pytest.raises(UsageError, match=r"8 attention heads can't be shared by 9 ranks: use \d at most"):
-            built(folders["llama4"], share_of(index, 9), isq="4")
+@pytest.mark.parametrize("family", CASES)
+def test_loaded_shares_compute_the_whole(family: str, folders: dict[str, Path]) -> None:
+    """Of the same embeddings, as the first rank hands them to the others."""
+    embeds = mx.random.normal((1, 5, TEXT["hidden_size"]), key=mx.random.key(0))
+    mx.eval(embeds)
 
-    @pytest.mark.parametrize("index", range(2))
-    @pytest.mark.parametrize("spoil", ["missing", "unknown", "wrongly shaped"])
-    def test_misfits_are_the_same_for_all(
-        self, index: int, spoil: str, folders: dict[str, Path], tmp_path: Path
-    ) -> None:
-        """Also where this rank has no part of the tensor: all ranks end alike."""
-        weights = read_weights(folders["mllama"])
-        name = next(name for name in weights if name.startswith("vision_model.") and "q_proj" in name)
-        if spoil == "missing":
-            del weights[name]
-        elif spoil == "unknown":
-            weights["vision_model.more"] = weights[name]
-        else:
-            weights[name] = weights[name][:-1]
-        folder = write(tmp_path / "m", folders["mllama"], weights)
-        found = set()
-        for share in (None, share_of(index, 2)):
-            with pytest.raises(WeightsError, match=f"1 {spoil}: vision_model") as error:
-                built(folder, share)
-            found.add(str(error.value))
-        assert len(found) == 1
+    def run(index: int | None) -> tuple[np.ndarray, np.ndarray]:
+        share = None if index is None else Share(Rank(index, 2), total.of(index))
+        model = built(folders[family], share)
+        specs = [
+            replace(spec, num_kv_heads=spec.num_kv_heads // (1 if share is None else 2)) for spec in model.kv_specs
+        ]
+        hidden = model(Inputs(embeds, rows=[RowState()]), KVPass([KVGroup.single(specs, 0)], embeds.shape[1]).layers)
+        is_tied = family in ("qwen2_vl", "smolvlm")  # by the first rank's embeddings
+        return np.array(hidden), np.array(hidden if index and is_tied else model.logits(hidden))
 
-    @pytest.mark.parametrize("isq", [None, "4@32"])
-    @pytest.mark.parametrize("family", ["llama4", "idefics3"])
-    def test_a_file_that_shrinks_meanwhile(self, family: str, isq: str | None, tmp_path: Path) -> None:
-        for part in (3, 20):
-            folder = write_wide(tmp_path / str(part), family, config=wide(family))
-            file = folder / "model.safetensors"
-
-            def shrink(done: int, total: int, file: Path = file, part: int = part) -> None:
-                os.truncate(file, min(file.stat().st_size, 40_000 * part))
-
-            with pytest.raises(WeightsError, match=r"can't be read|is damaged or truncated \(\S+ ends too early\)"):
-                open_model(str(folder)).build(LoadOptions(isq=isq), shrink, share_of(0, 2))
-
-    def test_a_damaged_file(self, folders: dict[str, Path], tmp_path: Path) -> None:
-        folder = write(tmp_path / "m", folders["mllama"], read_weights(folders["mllama"]))
-        os.truncate(folder / "model.safetensors", 300_000)
-        found = set()
-        for share in (None, share_of(0, 2), share_of(1, 2)):
-            with pytest.raises(WeightsError, match="is damaged or truncated") as error:
-                built(folder, share)
-            found.add(str(error.value))
-        assert len(found) == 1
-
-    def test_files_that_are_not_read_in_part(self, folders: dict[str, Path]) -> None:
-        source = replace(open_model(str(folders["mllama"])), read=lambda *args: None)  # type: ignore[arg-type, return-value]
-        with pytest.raises(UsageError, match="GGUF and UQFF files can't be shared by several machines"):
-            source.build(LoadOptions(), silent, share_of(0, 2))
-
-
-class TestCache:
-    def test_each_rank_finds_its_own(
-        self, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        folder, cache = folders["llama4"], tmp_path / "cache"
-        shares = [None, *(share_of(index, count) for count in (2, 4) for index in range(count))]
-        first = [tensors_of(built(folder, share, isq="4@32", isq_cache=cache)) for share in shares]
-        assert len(list(cache.iterdir())) == len(shares)
-        assert not mx.array_equal(*(np.array(first[index]["language_model.lm_head.weight"]) for index in (1, 2)))
-        titles = {json.loads(path.read_text())["of"] for path in cache.glob("*/manifest.json")}
-        assert f"{folder} --isq 4@32 (rank 3 of 4)" in titles
-        monkeypatch.setattr(isq, "quantized", None)
-        for share, expected in zip(shares, first, strict=True):
-            assert_same(tensors_of(built(folder, share, isq="4@32", isq_cache=cache)), expected)
-
-    def test_a_damaged_entry_is_made_again(self, folders: dict[str, Path], tmp_path: Path, caplog: Log) -> None:
-        cache = tmp_path / "cache"
-        first = tensors_of(built(folders["llama4"], share_of(1, 2), isq="4@32", isq_cache=cache))
-        (file,) = cache.glob("*/model.safetensors")
-        with file.open("r+b") as stream:
-            stream.seek(file.stat().st_size - 100)
-            stream.write(b"\xff" * 8)
-        assert_same(tensors_of(built(folders["llama4"], share_of(1, 2), isq="4@32", isq_cache=cache)), first)
-        assert "is damaged" in caplog.text
-
-    def test_too_many_ranks(self, folders: dict[str, Path], tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="can't be shared by 9 ranks"):
-            built(folders["llama4"], share_of(0, 9), isq="4@32", isq_cache=tmp_path)
-        assert not list(tmp_path.iterdir())
+    hidden, logits = run(None)
+    total = Sum(2)
+    (first, part), (second, other) = together(2, run)
+    np.testing.assert_allclose(first, hidden, atol=2e-4, rtol=1e-4)
+    np.testing.assert_array_equal(first, second)
+    found = part if part.shape == logits.shape else np.concatenate([part, other], -1)
+    np.testing.assert_allclose(found, logits, atol=2e-3, rtol=1e-3)

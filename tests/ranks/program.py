@@ -34,6 +34,7 @@ from mlxvlm.ranks.roles import Lead, take_part
 from tests.golden import GOLDENS, Case
 from tests.test_schedules import BLOCK, LONGEST, NAMES, SCHEDULE, Row, Setting, Watched
 
+FEW = 4  # tokens
 KEPT = st.tuples(st.sampled_from([0, 2, 9, 30]), st.sampled_from([0, 10_000, 1 << 20]))
 ROWS = st.builds(
     Row, st.integers(0, 20), NAMES, st.integers(1, LONGEST), st.none() | st.none() | st.integers(1, LONGEST)
@@ -50,6 +51,7 @@ class Job:
     isq: str | None = None
     kv_bits: int | None = None
     examples: int = 3  # random schedules
+    is_brief: bool = False
 
     @cached_property
     def source(self) -> ModelSource:
@@ -127,8 +129,12 @@ def both(job: Job, member: Member) -> Iterator[tuple[Setting, list[list[int]]]]:
 
 def check(job: Job, member: Member) -> None:
     with both(job, member) as (setting, seeded):
+        expected: dict[str, list[int]] = setting.case.answers  # type: ignore[attr-defined]
+        if job.is_brief:
+            check_together(setting, expected)
+            return
         greedy, found = answers_of(setting.engine, job.prompts)
-        assert greedy == setting.case.answers, "alone"  # type: ignore[attr-defined]
+        assert greedy == expected, "alone"
         assert found == seeded, "sampled"
         hits = setting.engine.stats().prefix_cache.hits
         assert sampled_of(setting.engine, job.prompts) == seeded, "with warm prefixes"
@@ -142,6 +148,22 @@ def check(job: Job, member: Member) -> None:
             setting.check(rows)
 
         any_schedule()
+
+
+def check_together(setting: Setting, expected: dict[str, list[int]]) -> None:
+    """All prompts at once, twice, the second time with one that is cancelled."""
+    few = SamplingParams(max_tokens=FEW, ignore_eos=True)
+    for is_cancelled in (False, True):
+        streams = {
+            name: setting.engine.submit(Request(prompt=prompt, sampling=few))
+            for name, prompt in setting.prompts.items()
+        }
+        if is_cancelled:
+            cancelled = streams.pop(next(iter(streams)))
+            next(iter(cancelled))
+            cancelled.cancel()
+        for name, stream in streams.items():
+            assert list(stream.result().token_ids) == expected[name][:FEW], name
 
 
 def main() -> None:
