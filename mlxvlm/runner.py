@@ -39,6 +39,7 @@ def load(
     max_memory_bytes: int | None = None,
     draft_model: str | None = None,
     progress: Progress | None = None,
+    rank_host: str | None = None,
     rank_timeout_s: float = TIMEOUT_S,
     rank_start_timeout_s: float = START_TIMEOUT_S,
     **engine: Unpack[EngineOptions],
@@ -61,6 +62,7 @@ def load(
     progress: called with (bytes done, bytes in all) while weights are read.
     Under mlx.launch all ranks run the model together (docs/scale.md): on rank 0 this returns, on the others it never
     does: they end with rank 0, or when one is silent for rank_timeout_s, or not there after rank_start_timeout_s.
+    rank_host: where all reach rank 0, if not at its address in the file of hosts.
     Raises UsageError, ModelError and its kinds, RanksError. Close the engine, or use it in a `with` block.
     """
     source = open_model(
@@ -69,7 +71,7 @@ def load(
     isq = in_situ_quant if isq is None else isq
     options = LoadOptions(dtype, isq, isq_tower, _path(topology), cache_folder(isq_cache), requantize)
     draft = None if draft_model is None else open_model(draft_model)
-    place = find_place(os.environ)
+    place = find_place(os.environ, rank_host)
     member = None if place is None else Member(place, rank_timeout_s, rank_start_timeout_s)
     return start(source, options, progress, max_memory_bytes, draft, member, **engine)
 

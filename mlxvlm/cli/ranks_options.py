@@ -23,6 +23,9 @@ def add_ranks_options(parser: argparse.ArgumentParser) -> None:
         "--shards", type=int, metavar="N", help="run it in N processes on this machine, to try out what Macs would do"
     )
     group.add_argument(
+        "--rank-host", metavar="HOST", help="where all reach rank 0 (default: its first address in the file of hosts)"
+    )
+    group.add_argument(
         "--rank-timeout", type=float, metavar="S", help="a rank that is silent for S seconds is lost (default: 15)"
     )
     group.add_argument(
@@ -56,7 +59,7 @@ def membership(args: argparse.Namespace) -> Iterator[Member | None]:
         with shards(args.shards, args.argv) as (place, check):
             yield Member(place, *limits, check=check)
         return
-    found = find_place(os.environ)
+    found = find_place(os.environ, args.rank_host)
     if found is None:
         yield None
         return

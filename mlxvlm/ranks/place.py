@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +63,18 @@ class Member:
         return self.place.index > 0
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
-    """None for a process on its own. Raises UsageError for variables and files that can't be."""
+def find_place(environ: Mapping[str, str], leader_host: str | None = None) -> Place | None:
+    """None for a process on its own. Raises UsageError for variables and files that can't be.
+
+    leader_host: where all reach rank 0, if not where MLX will: in a ring of cables that address is its neighbour's alone.
+    """
+    place = _told_place(environ)
+    if place is None or place.leader is None or leader_host is None:
+        return place
+    return replace(place, addresses=((leader_host, place.leader[1]), *place.addresses[1:]))
+
+
+def _told_place(environ: Mapping[str, str]) -> Place | None:
     if RANK not in environ:
         count = _number(environ, _MPI_COUNT) if _MPI_RANK in environ else 1
         return None if count == 1 else _checked(Place(_number(environ, _MPI_RANK), count, "mpi"))

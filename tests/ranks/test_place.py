@@ -46,6 +46,13 @@ def test_jaccl_wins_over_a_ring(tmp_path: Path) -> None:
     assert (place.name(), place.name(0)) == ("rank 1 of 2", "rank 0 of 2 (10.0.0.1)")
 
 
+def test_rank_0_is_reached_elsewhere(tmp_path: Path) -> None:
+    place = find_place(ring(tmp_path, [["10.0.0.1:5000"], ["10.0.0.2:5001"]], "1"), "mac1.local")
+    assert place == Place(1, 2, "ring", (("mac1.local", 5000), ("10.0.0.2", 5001)))
+    assert find_place({}, "mac1.local") is None
+    assert find_place({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mac1.local") == Place(0, 2, "mpi")
+
+
 def test_mpi_tells_no_address() -> None:
     place = find_place({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
     assert place == Place(3, 4, "mpi")
