@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from mlxvlm.errors import UsageError
 
@@ -63,18 +63,30 @@ class Member:
         return self.place.index > 0
 
 
-def find_place(environ: Mapping[str, str], leader_host: str | None = None) -> Place | None:
-    """None for a process on its own. Raises UsageError for variables and files that can't be.
-
-    leader_host: where all reach rank 0, if not where MLX will: in a ring of cables that address is its neighbour's alone.
-    """
-    place = _told_place(environ)
-    if place is None or place.leader is None or leader_host is None:
-        return place
-    return replace(place, addresses=((leader_host, place.leader[1]), *place.addresses[1:]))
+class _Limits(TypedDict, total=False):
+    timeout_s: float
+    start_timeout_s: float
+    stall_timeout_s: float
 
 
-def _told_place(environ: Mapping[str, str]) -> Place | None:
+class RankOptions(_Limits, total=False):
+    """Fields of Member, and host: where all reach rank 0, if not at its first address in the file of hosts."""
+
+    host: str | None
+
+
+def find_member(environ: Mapping[str, str], host: str | None = None, **limits: Unpack[_Limits]) -> Member | None:
+    """See find_place and RankOptions."""
+    place = find_place(environ)
+    if place is None:
+        return None
+    if place.leader is not None and host is not None:
+        place = replace(place, addresses=((host, place.leader[1]), *place.addresses[1:]))
+    return Member(place, **limits)
+
+
+def find_place(environ: Mapping[str, str]) -> Place | None:
+    """None for a process on its own. Raises UsageError for variables and files that can't be."""
     if RANK not in environ:
         count = _number(environ, _MPI_COUNT) if _MPI_RANK in environ else 1
         return None if count == 1 else _checked(Place(_number(environ, _MPI_RANK), count, "mpi"))

@@ -93,7 +93,7 @@ def test_a_shard_that_fails_ends_all(tmp_path: Path) -> None:
 
 def test_a_shards_words_have_its_number(capfd: pytest.CaptureFixture[str]) -> None:
     def failing() -> None:
-        with launch.shards(2, ["models", "--no-such-flag"]) as (_, check):
+        with launch.shards(2, ["models", "--no-such-flag"]) as check:
             for _ in iter(int, 1):
                 check()
 
