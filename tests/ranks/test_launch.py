@@ -66,6 +66,15 @@ def test_ctrl_c_ends_all(tmp_path: Path) -> None:
         assert process.errors == []
 
 
+def test_ctrl_c_that_all_ranks_get(tmp_path: Path) -> None:
+    with ranks(tmp_path, 2, ("serve", "-m", "demo", "--port", "0")) as started:
+        started[0].wait_for("mlxvlm: demo at ")
+        for each in reversed(started):
+            each.popen.send_signal(signal.SIGINT)
+        assert [each.status() for each in started] == [0, 0], started[1].said
+        assert started[0].errors == started[1].errors == []
+
+
 def test_ctrl_c_while_they_load(tmp_path: Path) -> None:
     with alone(tmp_path, "run", "-m", "demo", "--shards", "2", "hello") as process:
         while not process.shards():
