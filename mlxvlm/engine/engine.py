@@ -203,7 +203,6 @@ class Engine(Asking):
                         self._fail(self._all_open(), failure)
         finally:
             self._shut_down()
-            self._ranks.close()
 
     def _load(self, build: Build, progress: Progress | None, draft: Draft | None) -> bool:
         def report(done: int, total: int) -> None:
