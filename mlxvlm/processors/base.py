@@ -64,7 +64,7 @@ class Processor(Protocol):
 
 def check_length(text: str, tokenizer: Tokenizer, max_context: int) -> None:
     """Raises ContextLengthError for a text that can't fit: to read it whole would take 130 bytes a character."""
-    if len(text) <= _CHARS_PER_TOKEN * max_context:
+    if len(text) <= max(_PIECE_CHARS, _CHARS_PER_TOKEN * max_context):
         return
     left = _SLACK * max_context
     for start in range(0, len(text), _PIECE_CHARS):

@@ -301,9 +301,9 @@ def test_a_text_that_can_t_fit_is_refused_before_it_is_read_to_its_end() -> None
     assert reading.num_read == 2 * PIECE
 
 
-@pytest.mark.parametrize(("length", "takes"), [(800, True), (400, True), (4 * PIECE, False)])
+@pytest.mark.parametrize(("length", "takes"), [(PIECE, True), (400, True), (4 * PIECE, False)])
 def test_a_text_that_may_fit(length: int, takes: bool) -> None:
     """Short for its context, or made of what the tokenizer passes over."""
     reading: Any = Reading(takes=takes)
     check_length("a" * length, reading, 100)
-    assert reading.num_read == (0 if length <= 800 else length)
+    assert reading.num_read == (0 if length <= PIECE else length)
