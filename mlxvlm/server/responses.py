@@ -163,7 +163,9 @@ class Responses:
 
     def _asked(self, body: ResponsesRequest) -> _Asked:
         if body.background and body.stream:
-            raise RequestError("a response in the background is not streamed: ask for it by its id", "stream")
+            raise RequestError(
+                "a response in the background is not streamed: ask for it by its id", "stream", "unsupported_parameter"
+            )
         if body.background and body.store is False:
             raise RequestError("a response in the background must be stored", "store")
         name = body.previous_response_id
