@@ -86,18 +86,16 @@ def streamed(
 
     The model's modules become what the tensors are, and what `recipe` makes of them. files: those that `weights` came
     from, for reading parts of tensors. share: of which the model and its tensors become a part. Raises WeightsError
-    with every missing, extra or wrongly shaped name, UsageError where the model can't be shared.
+    with every missing, extra or wrongly shaped name, and as `planned`.
     """
     assert isinstance(model, nn.Module)
     named = model.sanitize(weights)
     fit(model, named)
-    plan = make_plan(model, recipe, {} if share is None else _units(model, share.rank.count))
+    plan, named, cuts = planned(model, named, recipe, share)
     for line in plan.left:
         log.warning(line)
     if recipe != AS_IT_IS and not plan.specs:
         log.warning("nothing is quantised: no layer that the type or the topology asks for is in full precision")
-    cuts = {} if share is None else narrowed(model, share)
-    named = {name: _cut(name, named[name], cuts) for name in dict(tree_flatten(model.parameters()))}
     quantised = {f"{path}.weight" for path in plan.specs}
     parts = Parts(model.sanitize, files, weights, quantised, cuts) if cuts or quantised else None
     weights.clear()
@@ -115,8 +113,22 @@ def streamed(
         log.info("%d bytes of the checkpoint's tensors were read", lazy_bytes + (parts.bytes_read if parts else 0))
 
 
+def planned(
+    model: VisionLanguageModel, named: Mapping[str, mx.array], recipe: Recipe, share: Share | None
+) -> tuple[Plan, dict[str, mx.array], Mapping[str, Cut]]:
+    """What a model that fits its tensors is to become, the share of the tensors in the model's order, what was cut.
+
+    Leaves of the model what is the share's. The plan is the same on all ranks. Raises UsageError for too many ranks,
+    UnsupportedModelError where they would cut quantised groups, before anything is changed.
+    """
+    assert isinstance(model, nn.Module)
+    plan = make_plan(model, recipe, {} if share is None else _units(model, share.rank.count))
+    cuts = {} if share is None else narrowed(model, share)
+    return plan, {name: _cut(name, named[name], cuts) for name in dict(tree_flatten(model.parameters()))}, cuts
+
+
 def _units(model: VisionLanguageModel, count: int) -> Mapping[str, int]:
-    """See `column_units`. Raises UsageError for too many ranks, UnsupportedModelError where groups would be cut."""
+    """See `column_units`. Raises as `planned`."""
     try:
         units = column_units(model, count)
     except ValueError as error:

@@ -53,11 +53,7 @@ def build(
     requantize = None if options.requantize.lower() == "none" else parse_type(options.requantize)
     model: VisionLanguageModel = source.family.build_model(source.config)
     if source.read is not None:
-        if share is not None:
-            raise UsageError(
-                f"{source.name}: GGUF and UQFF files can't be shared by several machines: give the model's safetensors "
-                "instead, with isq (--isq) if it is to be small"
-            )
+        check_shareable(source.name, share)
         conversion = source.read(requantize, progress, _shrink_of(source, options, recipe))
         for line in conversion.notes():
             log.warning("%s: %s", source.name, line)
@@ -81,6 +77,15 @@ def build(
         load()
         _keep(partial(cache.store, key, of=_title(source, options, share)), model, before, progress)
     return model
+
+
+def check_shareable(name: str, place: object | None) -> None:
+    """Raises UsageError for GGUF and UQFF files, which are not read in part, where there are several ranks."""
+    if place is not None:
+        raise UsageError(
+            f"{name}: GGUF and UQFF files can't be shared by several machines: give the model's safetensors instead, "
+            "with isq (--isq) if it is to be small"
+        )
 
 
 def _shrink_of(source: ModelSource, options: LoadOptions, recipe: Recipe) -> Shrink | None:

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvlm.checkpoint.bind import bound_dtype, choose_dtype, expected_bytes, fit
-from mlxvlm.checkpoint.build import dtype_of
+from mlxvlm.checkpoint.bind import bound_dtype, choose_dtype, expected_bytes, fit, planned
+from mlxvlm.checkpoint.build import check_shareable, dtype_of
 from mlxvlm.checkpoint.conversion import Conversion
 from mlxvlm.checkpoint.hub import is_on_disk, resolve
 from mlxvlm.checkpoint.isq import AS_IT_IS, Recipe, make_plan
@@ -25,6 +25,7 @@ from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
 from mlxvlm.families import NONSENSE, family_of, senseless
 from mlxvlm.models.base import KVSpec
+from mlxvlm.models.shares import Rank, Share
 from mlxvlm.processors.files import context_length, read_json
 
 # As mx.load reads them; FP8 arrives as bytes.
@@ -72,17 +73,22 @@ def memory_need(
     mmproj: Path | None = None,
     from_uqff: str | None = None,
     requantize: str = REQUANTIZE,
+    *,
+    rank: Rank | None = None,
 ) -> MemoryNeed:
     """Of files from their headers, of a repository from the hub's, without fetching the weights.
 
-    mmproj, from_uqff, requantize: as for loading; GGUF and UQFF files must be here. Raises ModelError and its kinds,
-    UsageError.
+    mmproj, from_uqff, requantize: as for loading; GGUF and UQFF files must be here. rank: of one of several machines
+    that share a model of safetensors. Raises ModelError and its kinds, UsageError.
     """
     spec = None if requantize.lower() == "none" else parse_type(requantize)
     path = Path(model).expanduser()
     if mmproj is not None or (path.suffix.lower() == GGUF and not path.is_dir()):
+        check_shareable(model, rank)
         return _gguf_need(path, mmproj, dtype, recipe, spec)
     folder = resolve(model, revision, weights=False)
+    if from_uqff is not None or is_packed(folder):
+        check_shareable(model, rank)
     if from_uqff is None and is_packed(folder):
         if any(folder.glob(f"*{GGUF}")):
             return _gguf_need(folder, None, dtype, recipe, spec)
@@ -98,7 +104,7 @@ def memory_need(
         return replace(need, disk_bytes=sum(file.stat().st_size for file in [*files, *_rest(files, folder)]))
     is_local = is_on_disk(model) or _has_weights(folder)
     weights = read_weights(folder) if is_local else _hub_weights(model, revision)
-    return need_of(config, weights, dtype, recipe, is_local=is_local, name=name)
+    return need_of(config, weights, dtype, recipe, is_local=is_local, name=name, rank=rank)
 
 
 def _gguf_need(path: Path, mmproj: Path | None, dtype: str, recipe: Recipe, spec: QuantSpec | None) -> MemoryNeed:
@@ -145,8 +151,12 @@ def need_of(
     *,
     is_local: bool = True,
     name: str = "config.json",
+    rank: Rank | None = None,
 ) -> MemoryNeed:
-    """Of a config and its tensors, of which shapes and types are looked at. `name`: the config's, for errors."""
+    """Of a config and its tensors, of which shapes and types are looked at. `name`: the config's, for errors.
+
+    rank: counts its share, but of a checkpoint that is a misfit.
+    """
     # Building makes lazy arrays only; nothing is allocated until it is evaluated.
     built = family_of(config).build_model(config)
     target = choose_dtype(dtype, weights)
@@ -155,9 +165,13 @@ def need_of(
     pieces = [array.nbytes // array.shape[0] if array.ndim == 3 else array.nbytes for array in weights.values()]
     named = built.sanitize(dict(weights))
     problem = misfit(built, named)  # makes modules what the tensors are: what is quantised stays so
-    plan = make_plan(built, recipe)
+    plan, specs = make_plan(built, recipe), list(built.kv_specs)
+    if rank is not None and not problem:
+        plan, named, _ = planned(built, named, recipe, Share(rank, lambda part: part))
+        stored = {name: int(array.nbytes) for name, array in named.items()}
+        pieces = [array.nbytes // array.shape[0] if array.ndim == 3 else array.nbytes for array in named.values()]
+        specs = [replace(spec, num_kv_heads=max(1, len(rank.range(spec.num_kv_heads)))) for spec in specs]
     size = sum(_bound_bytes(name, named, target, plan.specs) for name in named)
-    specs: list[KVSpec] = built.kv_specs
     try:
         context = context_length(config)
     except NONSENSE as error:

@@ -18,13 +18,14 @@ import pytest
 
 from mlxvlm.checkpoint.bind import narrowed
 from mlxvlm.checkpoint.build import recipe_of
+from mlxvlm.checkpoint.estimate import memory_need
 from mlxvlm.checkpoint.isq import make_plan
 from mlxvlm.checkpoint.load import LoadOptions, open_model
 from mlxvlm.checkpoint.packed import QuantSpec
 from mlxvlm.checkpoint.quantize import quantize_folder
 from mlxvlm.checkpoint.weights import read_weights
 from mlxvlm.engine.kv_cache import KVGroup, KVPass
-from mlxvlm.errors import UnsupportedModelError
+from mlxvlm.errors import UnsupportedModelError, UsageError
 from mlxvlm.families import family_of
 from mlxvlm.models.base import Inputs, RowState, VisionLanguageModel
 from mlxvlm.models.shares import Cut, Rank, Share, column_units, narrow
@@ -95,6 +96,7 @@ def test_a_share_of_a_quantised_checkpoint(family: str, kind: str, folders: dict
 
 
 UNEVEN: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one rank": ("llama4", 1, {}),
     "three ranks": ("llama4", 3, {}),
     "more ranks than kv heads": ("llava_next", 4, {"num_key_value_heads": 2}),
     "biases of sums": ("idefics3", 2, {"attention_bias": True, "mlp_bias": True}),
@@ -138,6 +140,25 @@ def sizes(tensors: Mapping[str, mx.array], cuts: Mapping[str, Cut], kept: set[st
     shared = sum(array.nbytes for name, array in tensors.items() if name.rpartition(".")[0] in cuts)
     own = sum(array.nbytes for name, array in tensors.items() if name.rpartition(".")[0] not in cuts and name in kept)
     return shared, own
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+@pytest.mark.parametrize("family", CASES)
+def test_the_estimate_of_a_share(family: str, isq: str | None, folders: dict[str, Path]) -> None:
+    folder = str(folders[family])
+    for index in range(2):
+        need = memory_need(folder, recipe=recipe_of(LoadOptions(isq=isq)), rank=Rank(index, 2))
+        held = tensors_of(built(folders[family], share_of(index, 2), isq=isq))
+        assert need.weights_bytes == sum(array.nbytes for array in held.values())
+        assert need.disk_bytes == sum(
+            array.nbytes for array in tensors_of(built(folders[family], share_of(index, 2))).values()
+        )
+        assert {spec.num_kv_heads for spec in need.kv_specs} == {2}
+        assert need.loading_bytes < memory_need(folder).loading_bytes
+    with pytest.raises(UsageError, match="GGUF and UQFF files can't be shared"):
+        memory_need("model.gguf", rank=Rank(0, 2))
+    with pytest.raises(UsageError, match="can't be shared by 9 ranks"):
+        memory_need(folder, rank=Rank(0, 9))
 
 
 def system_bytes_read() -> int:
