@@ -66,14 +66,8 @@ def load(
     source = open_model(
         model, revision=revision, chat_template=_path(chat_template), mmproj=_path(mmproj), from_uqff=from_uqff
     )
-    options = LoadOptions(
-        dtype,
-        isq if isq is not None else in_situ_quant,
-        isq_tower,
-        _path(topology),
-        cache_folder(isq_cache),
-        requantize,
-    )
+    isq = in_situ_quant if isq is None else isq
+    options = LoadOptions(dtype, isq, isq_tower, _path(topology), cache_folder(isq_cache), requantize)
     draft = None if draft_model is None else open_model(draft_model)
     place = find_place(os.environ)
     member = None if place is None else Member(place, rank_timeout_s, rank_start_timeout_s)

@@ -38,7 +38,7 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with demo_server() as url:
+    with demo_server("--served-name", "demo", "--served-name", "llama-vision") as url:
         yield url
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -84,6 +85,7 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"engine", "runner", "mistralrs", "messages", "errors"}, set()),
     "__main__": ({"cli"}, set()),
 }
+DOORS = {"__init__", "__main__"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -122,6 +124,19 @@ def test_imports_stay_inside_the_walls(path: Path) -> None:
             assert allows(ours, module), f"{room_of(path)} may not import {name}"
         else:
             assert top in others or top in sys.stdlib_module_names, f"{room_of(path)} may not import {name}"
+
+
+def test_the_documents_know_every_room_and_file_they_name() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| ([a-z, ]+) \|", text, re.MULTILINE)
+    told = {name for row in rows for name in row.split(", ")} - {"room"}
+    assert told == {name for name in WALLS if not name.startswith("__")} == {room_of(path) for path in FILES} - DOORS
+    tree = (PACKAGE.parent / "README.md").read_text()
+    for name in told:
+        assert re.search(rf"^ +{name}(/|\.py) ", tree, re.MULTILINE), f"README.md's tree lacks {name}"
+    for document in sorted((PACKAGE.parent / "docs").glob("*.md")):
+        for name in re.findall(r"(?<!/)\b[a-z_]+/(?:[a-z_]+/)*[a-z_]+\.py\b", document.read_text()):
+            assert (PACKAGE / name).is_file() or (PACKAGE.parent / name).is_file(), f"{document.name}: {name}"
 
 
 def test_only_the_table_and_its_files_name_a_family() -> None:

@@ -1,6 +1,7 @@
-"""mistral.rs's old order of words -> our command. Knows its flags of 2025, runs nothing.
+"""mistral.rs's commands that are not ours -> ours. Knows its flags of 2025, runs nothing.
 
-Flags of the program came before the kind of model, those of the model behind it: `-i` and `-c` meant two things.
+`run` began a conversation, and a kind of model might follow. Earlier, flags of the program came before the kind, those
+of the model behind it: `-i` and `-c` meant two things.
 Source: mistral.rs 0.6.0, mistralrs-server/src/main.rs and mistralrs-core/src/model_selected.rs.
 """
 
@@ -10,6 +11,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 _KINDS = ("vision-plain", "plain")
+_CONVERSATIONS = [[command, kind] for command in ("run", "chat") for kind in ("vision", "multimodal")]
+_ONE_QUESTION = ("-i", "--image", "--input")  # `run vision -i photo.jpg` asks about a photo
 _CHAT = ("-i", "--interactive-mode")
 _SWITCHES = (
     *(*_CHAT, "-l", "--log", "--truncate-sequence", "--no-kv-cache", "--no-paged-attn", "--paged-attn", "--cpu"),
@@ -41,7 +44,9 @@ _NOT_IN = {"chat": ("-p", "--host", "--max-rows"), "serve": ("--seed",)}
 
 
 def hint(argv: Sequence[str]) -> str | None:
-    """A line with our command for one in that order, None for all others."""
+    """A line with our command for one of theirs, None for all others."""
+    if list(argv[:2]) in _CONVERSATIONS and not any(word.startswith(_ONE_QUESTION) for word in argv):
+        return f"a conversation is another command here: {shlex.join(['mlxvlm', 'chat', *argv[2:]])}"
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     command = words.pop(0) if words and words[0] in ("run", "chat") else ""
     place = next((place for place, word in enumerate(words) if word in _KINDS), None)

@@ -28,6 +28,9 @@ def add_ranks_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rank-start-timeout", type=float, metavar="S", help="all must have come within S seconds (default: 60)"
     )
+    group.add_argument(
+        "--rank-stall-timeout", type=float, metavar="S", help="no step may take longer than S seconds (default: 120)"
+    )
     group.add_argument("--shard-of", type=int, help=argparse.SUPPRESS)  # whose --shards this process is of
 
 
@@ -37,11 +40,12 @@ def membership(args: argparse.Namespace) -> Iterator[Member | None]:
 
     None for a process on its own. Raises UsageError, RanksError.
     """
-    from mlxvlm.ranks.place import START_TIMEOUT_S, TIMEOUT_S, Member, find_place
+    from mlxvlm.ranks.place import STALL_TIMEOUT_S, START_TIMEOUT_S, TIMEOUT_S, Member, find_place
 
     limits = (
         _seconds(args.rank_timeout, "--rank-timeout", TIMEOUT_S),
         _seconds(args.rank_start_timeout, "--rank-start-timeout", START_TIMEOUT_S),
+        _seconds(args.rank_stall_timeout, "--rank-stall-timeout", STALL_TIMEOUT_S),
     )
     parent: int | None = args.shard_of
     if args.shards is not None and args.shards != 1 and parent is None:
@@ -50,13 +54,13 @@ def membership(args: argparse.Namespace) -> Iterator[Member | None]:
         if not 1 <= args.shards <= MAX_SHARDS:
             raise UsageError(f"--shards is a number from 1 to {MAX_SHARDS}, not {args.shards}")
         with shards(args.shards, args.argv) as (place, check):
-            yield Member(place, *limits, check)
+            yield Member(place, *limits, check=check)
         return
     found = find_place(os.environ)
     if found is None:
         yield None
         return
-    member = Member(found, *limits) if parent is None else Member(found, *limits, lambda: _check_parent(parent))
+    member = Member(found, *limits) if parent is None else Member(found, *limits, check=lambda: _check_parent(parent))
     if member.follows:
         if parent is None:
             _log_lines()

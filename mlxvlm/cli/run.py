@@ -139,7 +139,7 @@ def _messages(args: argparse.Namespace) -> list[Message]:
     text = args.prompt
     if text is None:
         raise UsageError(
-            'no prompt: give a question in quotes, or `-` to read it from a pipe (see "mlxvlm run --help")'
+            "no prompt: give a question in quotes, or `-` to read it from a pipe; `mlxvlm chat` is for a conversation"
         )
     if text == "-":
         text = _read_stdin()

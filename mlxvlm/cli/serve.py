@@ -6,6 +6,7 @@ A flag is looked for on the command line, then in --config FILE, then it has its
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,14 +191,13 @@ def _run(
         kind = Registry if member is None else SharedModel
         loader = CheckpointLoader(member)
         registry = kind(specs, loader, idle_unload_s=settings.idle_unload_s, drain_s=settings.drain_s)
-        names = ", ".join(registry.names)
-        await serve(
-            assemble(registry, settings, mcp),
-            registry,
-            settings,
-            listener,
-            lambda: print(f"mlxvlm: {names} at {url_of(listener)}/v1", flush=True),
-        )
+
+        def tell() -> None:
+            print(f"mlxvlm: {', '.join(registry.names)} at {url_of(listener)}/v1", flush=True)
+            if settings.shows_ui:
+                logging.getLogger(__name__).info("a page to chat in is at %s/", url_of(listener))
+
+        await serve(assemble(registry, settings, mcp), registry, settings, listener, tell)
         return registry.is_stuck
 
     return asyncio.run(main())

@@ -195,6 +195,7 @@ class Engine(Asking):
             if self._load(build, progress, draft):
                 while not self._closing.is_set():
                     self._drain()
+                    self._ranks.pulse(False)
                     failure = failure_of(self._tick)
                     if failure is not None:
                         self._ranks.doubt(failure)
@@ -202,7 +203,6 @@ class Engine(Asking):
                         self._fail(self._all_open(), failure)
         finally:
             self._shut_down()
-            self._ranks.close()
 
     def _load(self, build: Build, progress: Progress | None, draft: Draft | None) -> bool:
         def report(done: int, total: int) -> None:
@@ -262,6 +262,7 @@ class Engine(Asking):
     def _drain(self) -> None:
         """Runs waiting commands; sleeps until the next deadline when there is nothing else to do."""
         idle = not self._scheduler.is_busy and self._decoding.pending is None
+        self._ranks.pulse(idle)
         left = min(max(self._next_deadline - time.perf_counter(), 0.0), _LONGEST_SLEEP_S)
         with suppress(queue.Empty):
             while True:

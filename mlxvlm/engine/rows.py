@@ -159,6 +159,10 @@ class Ranks(Protocol):
         """on_loss: called from a thread of their own, once, where the model can't be run any more."""
         ...
 
+    def pulse(self, is_idle: bool) -> None:
+        """Called before each tick: where a busy one takes too long, others don't do their part, and all end."""
+        ...
+
     def doubt(self, failure: MlxvlmError) -> None:
         """Told of an unexpected error on the engine's thread: where ranks may have come apart by it, they end."""
         ...
@@ -178,6 +182,9 @@ class Alone:
         return math.inf
 
     def watch(self, on_loss: Callable[[MlxvlmError], None]) -> None:
+        pass
+
+    def pulse(self, is_idle: bool) -> None:
         pass
 
     def doubt(self, failure: MlxvlmError) -> None:

@@ -115,6 +115,8 @@ class Channel:
                 if is_late:
                     return f"nothing was heard of it for {self._timeout_s:g} s"
                 continue
+            except ConnectionError:
+                data = b""
             except OSError as error:
                 return f"the connection broke: {error.strerror or error}"
             if not data:

@@ -45,6 +45,7 @@ class Link:
         self._place, self._timeout_s, self._end = place, timeout_s, end
         self._changed = threading.Condition()
         self._is_closing = False
+        self._is_told = threading.Event()  # on_loss has been called
         self._done: set[int] = set()  # those that will compute no more
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._sending = threading.Lock()  # never waited for: who has it sends what others put into the outbox
@@ -67,10 +68,14 @@ class Link:
             return [said.pop(0) for said in self._reports]
 
     def fail(self, text: str, wait_s: float = 0.0) -> str:
-        """This rank can't go on: all end. Why that is: another's loss, if that is known or comes to be in wait_s."""
+        """This rank can't go on: all end. Why that is: another's loss, if that is known or comes to be in wait_s.
+
+        Returns when on_loss has been called.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self.lost is not None, wait_s)
         self._lose(f"{self._place.name()} failed: {text}")
+        self._is_told.wait(_LAST_WORDS_S)
         return str(self.lost)
 
     def close(self, failure: str | None = None) -> None:
@@ -130,6 +135,7 @@ class Link:
     def _give_up(self) -> None:
         assert self.lost is not None
         self.on_loss(self.lost)
+        self._is_told.set()
         time.sleep(GRACE_S)
         self._end(self.lost)
 

@@ -21,6 +21,7 @@ from mlxvlm.ranks.place import START_TIMEOUT_S, Place
 
 _TOKEN_BYTES = 32
 _TOKEN_S = 10.0  # for a rank to say it
+_HEAD_START_S = 0.2  # the last connects while the others listen; where it is early, MLX tries again after 1 s
 _ADDRESS_BYTES = 64  # of a host's number and a port, as JSON
 
 
@@ -84,6 +85,8 @@ def _limited(place: Place, deadline_s: float) -> AbstractContextManager[None]:
 
 
 def _connected(place: Place) -> mx.distributed.Group:
+    if place.backend == "ring" and place.index == place.count - 1:
+        time.sleep(_HEAD_START_S)
     try:
         distributed = mx.distributed.init(strict=True, backend=place.backend)
     except (RuntimeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,14 +24,18 @@ class LeaderRows(Rows):
         super().__init__(shard, specs)
         self._shard = shard
         self._send = tell
+        self._unused: deque[int] = deque()  # blocks that are gone here, and not yet elsewhere
 
     def copy(self, owner: int, start: int, end: int) -> KVBlock:
         """As Rows.copy; when it is not used any more, the others drop theirs too."""
         block = super().copy(owner, start, end)
-        weakref.finalize(block, self._send, ["free", block.number]).atexit = False
+        # Told later: the garbage collector calls this in the middle of anything.
+        weakref.finalize(block, self._unused.append, block.number).atexit = False
         return block
 
     def _tell(self, name: str, *args: Any, arrays: Sequence[mx.array] = ()) -> None:
+        while self._unused:
+            self._send(["free", self._unused.popleft()])
         self._send([name, *args])
         # Now, as the others do: what comes next has collectives too.
         mx.async_eval(*arrays)

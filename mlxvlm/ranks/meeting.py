@@ -55,7 +55,6 @@ def gather(listener: socket.socket, place: Place, terms: Terms, deadline_s: floa
         with listener:
             while len(come) < place.count - 1:
                 check()
-                _drop_gone(come)
                 if time.monotonic() > until:
                     raise RanksError(_missing(place, come, deadline_s))
                 _let_in(listener, place, terms, come)
@@ -131,12 +130,13 @@ def _let_in(listener: socket.socket, place: Place, terms: Terms, come: dict[int,
             _refuse(connection, str(error))
 
 
-def _introduced(connection: socket.socket, place: Place, terms: Terms, come: Mapping[int, Any]) -> int:
+def _introduced(connection: socket.socket, place: Place, terms: Terms, come: dict[int, socket.socket]) -> int:
     """The rank that a connection is from."""
     hello = first_message(connection, time.monotonic() + _HELLO_S, lambda: None)
     if not isinstance(hello, dict) or hello.get("hello") != _GREETING:
         raise ConnectionRefusedError("this is no place for you")
     index = hello.get("rank")
+    _drop_gone(come)
     if type(index) is not int or not 0 < index < place.count or index in come:
         raise ConnectionRefusedError(f"{place.name(0)} expects no rank {index}, or has it already")
     _compare(place, index, terms, hello.get("terms"))

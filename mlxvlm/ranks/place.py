@@ -20,6 +20,7 @@ _MAX_FILE_BYTES = 1 << 20
 _MAX_RANKS = 256  # no model has more heads to share
 _MAX_PORT = 65535
 TIMEOUT_S = 15.0  # of silence, then a rank is lost: it is stopped, asleep, or its cable is pulled
+STALL_TIMEOUT_S = 120.0  # of a tick: then MLX waits for what does not come, though all ranks are alive
 START_TIMEOUT_S = 60.0  # for all to come: another disk, another Python
 
 Address = tuple[str, int]  # host, port
@@ -53,6 +54,7 @@ class Member:
     place: Place
     timeout_s: float = TIMEOUT_S
     start_timeout_s: float = START_TIMEOUT_S
+    stall_timeout_s: float = STALL_TIMEOUT_S
     check: Callable[[], None] = lambda: None  # called while ranks are waited for; raises what ends that
 
     @property

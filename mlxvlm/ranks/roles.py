@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from mlxvlm.ranks.leader import LeaderRows
 from mlxvlm.ranks.place import Member
 from mlxvlm.ranks.shard import Shard
 
+_LONGEST_REST_S = 5.0  # between looks at whether a step goes on
 _SETTLE_S = 1.0  # MLX notices a lost rank first, the control plane knows which one
 _log = logging.getLogger(__name__)
 
@@ -47,7 +49,9 @@ class Lead:
         self._member, self._build, self._terms = member, build, terms
         self._on_loss: Callable[[MlxvlmError], None] = lambda error: None
         self._link: Link | None = None
+        self._is_closed = threading.Event()
         self._free_bytes = 0.0
+        self._busy_since: float | None = None
 
     def build(self, progress: Progress) -> VisionLanguageModel:
         """When all others have theirs too. Raises RanksError, and what building raises, which the others are told."""
@@ -68,6 +72,7 @@ class Lead:
         except BaseException as error:
             link.close(str(error) or type(error).__name__)
             raise
+        threading.Thread(target=self._guard, args=(link,), name="mlxvlm-ranks-stall", daemon=True).start()
         return shard
 
     def rows(self, model: VisionLanguageModel, specs: Sequence[KVSpec]) -> Rows:
@@ -80,11 +85,24 @@ class Lead:
     def watch(self, on_loss: Callable[[MlxvlmError], None]) -> None:
         self._on_loss = on_loss
 
+    def pulse(self, is_idle: bool) -> None:
+        self._busy_since = None if is_idle else time.monotonic()
+
+    def _guard(self, link: Link) -> None:
+        """A cable between two others can be out while both are heard of here: sums then never come."""
+        limit_s = self._member.stall_timeout_s
+        while not self._is_closed.wait(min(limit_s / 4, _LONGEST_REST_S)):
+            since = self._busy_since
+            if since is not None and time.monotonic() - since > limit_s:
+                link.fail(f"a step took longer than {limit_s:g} s, so some rank's part of it did not come")
+                return
+
     def doubt(self, failure: MlxvlmError) -> None:
         if self._link is not None and _is_of_all(failure):
             self._link.fail(str(failure), _SETTLE_S)
 
     def close(self) -> None:
+        self._is_closed.set()
         if self._link is not None:
             self._link.close()
 

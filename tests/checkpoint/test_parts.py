@@ -155,8 +155,9 @@ def test_the_estimate_of_a_share(family: str, isq: str | None, folders: dict[str
         )
         assert {spec.num_kv_heads for spec in need.kv_specs} == {2}
         assert need.loading_bytes < memory_need(folder).loading_bytes
-    with pytest.raises(UsageError, match="GGUF and UQFF files can't be shared"):
-        memory_need("model.gguf", rank=Rank(0, 2))
+    for name, uqff in (("model.gguf", None), (folder, "none.uqff")):
+        with pytest.raises(UsageError, match="GGUF and UQFF files can't be shared"):
+            memory_need(name, from_uqff=uqff, rank=Rank(0, 2))
     with pytest.raises(UsageError, match="can't be shared by 9 ranks"):
         memory_need(folder, rank=Rank(0, 9))
 

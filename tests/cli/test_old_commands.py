@@ -43,6 +43,13 @@ def test_a_command_in_the_old_order_is_translated(theirs: str, ours: str, capsys
     parser().parse_args(shlex.split(ours))
 
 
+@pytest.mark.parametrize("words", ["run vision", "run multimodal", "chat vision"])
+def test_a_conversation_has_its_own_command(words: str, capsys: Capture) -> None:
+    assert main([*words.split(), "--isq", "4", "-m", "HuggingFaceM4/Idefics3-8B-Llama3"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("another command here: mlxvlm chat --isq 4 -m HuggingFaceM4/Idefics3-8B-Llama3")
+
+
 def test_what_has_no_counterpart_is_named() -> None:
     found = (
         hint(shlex.split("-i --cpu --prefix-cache-n 4 --max-seqs 2 vision-plain -m a/b -i imatrix.dat -e 512")) or ""
@@ -59,6 +66,8 @@ def test_what_has_no_counterpart_is_named() -> None:
         "chat -m demo --system plain",
         "run plain -m demo",
         "run -m demo vision-plain",
+        "run vision -i photo.jpg -m demo",
+        "run vision --image=photo.jpg -m demo",
         "serve vision-plain -p 1 -m demo",
         "quantize -m plain --isq 4 -o out",
         "-m demo",

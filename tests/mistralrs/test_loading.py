@@ -1,4 +1,4 @@
-"""Which model, and how it is loaded: what is honoured, passed over and refused. Nothing is loaded here."""
+"""Which model, and how it is loaded: what is honoured, passed over and refused."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mlxvlm.mistralrs.loading import LoadableModel, _paths
 from mlxvlm.mistralrs.options import IGNORED_OPTIONS, REFUSED_OPTIONS, RunnerOptions, check_options
 from mlxvlm.mistralrs.requests import REFUSED_FIELDS, ChatCompletionRequest, CompletionRequest
 from mlxvlm.mistralrs.which import IGNORED_ARGUMENTS, REFUSED_ARGUMENTS, check_which
+from tests.golden import GOLDENS
 
 ARCHITECTURES: list[Enum] = [*VisionArchitecture, *Architecture]
 
@@ -33,6 +34,38 @@ def test_each_checkpoint_has_one_architecture(model_type: str) -> None:
             assert model_type in str(error)  # noqa: PT017
     assert len(fitting) == 1
     check_architecture(None, "a model", {"model_type": model_type})
+
+
+# Tiny checkpoints, and the token that may be typed by hand.
+PAGES = [
+    (VisionArchitecture.Llama4, "llama4_norms", "<|image|>"),
+    (VisionArchitecture.VLlama, "mllama_tiles", "<|image|>"),
+    (VisionArchitecture.Qwen2VL, "qwen2_vl_tied", "<|vision_start|><|image_pad|><|vision_end|>"),
+    (VisionArchitecture.Idefics3, "idefics3_split", "<image>"),
+    (VisionArchitecture.Idefics3, "smolvlm2_tied", "<image>"),
+    (VisionArchitecture.LLaVA, "llava_clip", "<image>"),
+    (VisionArchitecture.LLaVANext, "llava_next_tiles", "<image>"),
+]
+
+
+@pytest.mark.parametrize(("arch", "name", "token"), PAGES)
+def test_each_family_as_mistral_rs_writes_it(arch: VisionArchitecture, name: str, token: str) -> None:
+    picture = {"type": "image_url", "image_url": {"url": str(GOLDENS / "images" / "wide.png")}}
+    with Runner(which=Which.VisionPlain(model_id=str(GOLDENS / name), arch=arch)) as runner:
+        for text in ("What is this?", f"{token}What is this?"):
+            res = runner.send_chat_completion_request(
+                ChatCompletionRequest(
+                    model="default",
+                    messages=[{"role": "user", "content": [picture, {"type": "text", "text": text}]}],
+                    max_tokens=4,
+                    presence_penalty=1.0,
+                    top_p=0.1,
+                    temperature=0.1,
+                )
+            )
+            assert res.choices[0].message.content is not None
+            assert 0 < res.usage.completion_tokens <= 4
+            assert res.usage.prompt_tokens_details.image_tokens > 0
 
 
 def test_another_architecture_names_the_right_one() -> None:

@@ -195,6 +195,14 @@ def test_the_theme_is_switched_and_kept(page: Page) -> None:
     assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(253, 252, 250)"
 
 
+def test_the_systems_colours_change_while_the_page_is_open(page: Page) -> None:
+    for scheme, label in (("dark", "Use light colours"), ("light", "Use dark colours")):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        page.one(f"[aria-label='{label}']")
+        assert page.run("return document.documentElement.dataset.theme") == scheme
+
+
 def test_the_list_on_a_narrow_screen(page: Page) -> None:
     size = {"width": 390, "height": 700, "deviceScaleFactor": 1, "mobile": False}
     page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -82,6 +82,10 @@ class Running:
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def num_connections(self) -> int:
+        return len(self._servers[0].server_state.connections)
+
     def connect(self) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
         connection.settimeout(10)
@@ -268,7 +272,8 @@ def test_clients_that_do_not_read(running: Running, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(serving._LIMITS_S, "write", 0.3)
     with closing(running.connect()) as connection:
         connection.sendall(f"GET /large HTTP/1.1\r\nHost: localhost:{running.port}\r\n\r\n".encode())
-        time.sleep(1)
+        assert eventually(lambda: running.num_connections == 1)
+        assert eventually(lambda: running.num_connections == 0)
         assert len(all_of(connection)) < 100 << 20
     # One that reads slowly, but reads, gets all.
     with httpx2.stream("GET", f"{running.url}/large", trust_env=False) as response:

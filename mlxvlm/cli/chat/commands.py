@@ -78,7 +78,8 @@ def _unknown(line: str) -> UsageError:
 
 
 def _guess(line: str) -> str:
-    near = get_close_matches(_split(line)[0], COMMANDS, n=1)
+    name = _split(line)[0]
+    near = [each for each in COMMANDS if name and each.startswith(name)] or get_close_matches(name, COMMANDS, n=1)
     return f"did you mean {line[0]}{near[0]}?" if near else f"{line[0]}help lists them"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
+from urllib.parse import unquote
 
 from mlxvlm.cli.chat.words import is_file, is_url
 from mlxvlm.cli.chat_tools import ChatTools, OnCalls
@@ -49,6 +50,8 @@ class Picture:
     def __str__(self) -> str:
         """Its name and size."""
         name = self.source[:11] + "..." if self.source.startswith("data:") else self.source.rpartition("/")[2]
+        if self.source.startswith("file:"):
+            name = unquote(name)
         return f"{printable(name)[-_NAME_CHARS:] or 'picture'} ({self.image.width} x {self.image.height})"
 
 

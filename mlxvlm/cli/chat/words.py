@@ -1,6 +1,7 @@
 """A typed line -> the pictures it names and the rest. Knows quoting and file names, opens nothing.
 
-Terminals paste a dropped file's path quoted, or with a backslash before each odd character.
+Terminals paste a dropped file's path quoted, or with a backslash before each odd character. A shell's quotes end
+before an apostrophe and begin again behind it: 'it'\\''s.png', or 'it'"'"'s.png'.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ PICTURES = (
 )
 # Only these part words: macOS writes the time in a screenshot's name with a narrow no-break space.
 SPACES = " \t\r\n"
-_WORD = re.compile(r"""'([^']*)'?|"([^"]*)"?|((?:\\.|[^ \t\r\n])+)""")
+_APOSTROPHE = r"""'(?:\\'|"'")'"""  # inside a shell's single quotes
+_WORD = re.compile(rf"""'((?:[^']|{_APOSTROPHE})*)'?|"([^"]*)"?|((?:\\.|[^ \t\r\n])+)""")
 _URL = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
 _DROPPED = re.compile(r"""['"]?(/|~/|file://)|data:image/""", re.IGNORECASE)
 _MAX_PATH_CHARS = 1024  # macOS's limit
@@ -88,7 +90,7 @@ def _first(text: str) -> tuple[str, int]:
 def _value(word: re.Match[str]) -> str:
     single, double, bare = word.groups()
     if bare is None:
-        return str(single if double is None else double)
+        return re.sub(_APOSTROPHE, "'", single) if double is None else str(double)
     if is_url(bare) or is_file(bare):
         return str(bare)
     return re.sub(r"\\(.)", r"\1", bare)

@@ -3,7 +3,7 @@
 import { listModels } from "./api.js";
 import { byId, h, icon } from "./dom.js";
 import { preferences } from "./preferences.js";
-import { switchTheme, theme } from "./theme.js";
+import { switchTheme, systemIsDark, theme } from "./theme.js";
 
 const RETRY_MS = 3000;
 
@@ -54,6 +54,7 @@ export function setUpHeader() {
     switchTheme();
     drawTheme();
   });
+  systemIsDark.addEventListener("change", drawTheme);
   drawTheme();
   byId("open-settings").addEventListener("click", openSettings);
   // Enter in a field submits with the form's first submit button, so this one is none.

@@ -2,7 +2,7 @@
 
 import { preferences } from "./preferences.js";
 
-const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
+export const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
 
 /** @returns {"light" | "dark"} */
 export function theme() {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -14,10 +13,13 @@ import pytest
 
 import mlxvlm
 from mlxvlm.cli.chat.commands import COMMANDS, Outcome, take
-from mlxvlm.cli.chat.session import Picture, Session, Turn
+from mlxvlm.cli.chat.session import Session, Turn
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.engine.request import Completion
 from mlxvlm.errors import ContextLengthError, ImageError, InputError, MlxvlmError, UsageError
+from tests.processors.conftest import Web, web
+
+__all__ = ["web"]
 
 PICTURES = Path(__file__).parents[3] / "examples" / "pictures"
 HEART, STAR = str(PICTURES / "pink-heart.png"), str(PICTURES / "green-star.png")
@@ -59,6 +61,17 @@ def test_no_picture_is_encoded_twice(session: Session) -> None:
     assert session.last is not None
     assert session.last.usage.cached_tokens > 0
     assert [len(turn.pictures) for turn in session.turns] == [1, 0, 0, 0, 1, 0, 0, 0]
+
+
+def test_pictures_of_the_web_are_fetched_once(session: Session, web: Web, tmp_path: Path) -> None:
+    """As mistral.rs's pages write it: a second picture goes on with the chat."""
+    heart, star = (web.add(f"/{Path(path).name}", Path(path).read_bytes()) for path in (HEART, STAR))
+    assert say(session, "Hello!").text
+    assert say(session, rf"\image {heart} <image>What do you see?").text.strip() == SEES_HEART
+    assert "star" in say(session, rf"\image {star} What is in the second picture?").text
+    assert web.asked == ["/pink-heart.png", "/green-star.png"]
+    take(session, rf"\save {tmp_path}/chat.json")
+    assert heart in (tmp_path / "chat.json").read_text()
 
 
 def test_a_picture_waits_for_its_question(session: Session) -> None:
@@ -108,6 +121,7 @@ def test_data_urls_base64_and_dropped_files(session: Session, tmp_path: Path) ->
         assert take(session, line).pictures[0].image.size == (256, 256)
     assert say(session, f"'{dropped}' What do you see?").finish_reason == "stop"
     assert len(session.turns[0].pictures) == 5
+    assert str(take(session, dropped.as_uri()).pictures[0]) == "my heart.png (256 x 256)"
 
 
 @pytest.mark.parametrize(
@@ -312,6 +326,7 @@ def test_every_command_has_help_and_leaving_leaves(session: Session) -> None:
     ("line", "error"),
     [
         (r"\help sed", r"there is no command \sed: did you mean \seed?"),
+        (r"\help temp", r"there is no command \temp: did you mean \temperature?"),
         (r"\help /imgae x", "there is no command /imgae: did you mean /image?"),
         (r"\help xyzzy", r"there is no command \xyzzy: \help lists them"),
         (r"\help /", "there is no command /: /help lists them"),
@@ -320,74 +335,3 @@ def test_every_command_has_help_and_leaving_leaves(session: Session) -> None:
 def test_help_for_what_is_no_command(line: str, error: str, session: Session) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(error)}$"):
         take(session, line)
-
-
-class TestTranscripts:
-    def test_saved_and_loaded_it_goes_on_the_same(self, session: Session, tmp_path: Path) -> None:
-        say(session, rf"\image {HEART} What do you see?")
-        take(session, r"\system Be brief.")
-        take(session, rf'\save "{tmp_path}/my chat.json"')
-        expected = say(session, "What color is the heart?")
-        saved = json.loads((tmp_path / "my chat.json").read_text())
-        assert saved["model"] == "demo"
-        assert saved["messages"][0] == {"role": "system", "content": "Be brief."}
-        assert saved["messages"][1]["content"] == [
-            {"type": "image_url", "image_url": {"url": Path(HEART).as_uri()}},
-            {"type": "text", "text": "What do you see?"},
-        ]
-        take(session, r"\clear")
-        take(session, r"\system off")
-        assert "pink-heart.png" in take(session, rf"\load {tmp_path}/my\ chat.json").note
-        assert session.system == "Be brief."
-        found = say(session, "What color is the heart?")
-        assert (found.text, found.usage.prompt_tokens) == (expected.text, expected.usage.prompt_tokens)
-
-    @pytest.mark.parametrize("prefix", ["data:image/png;base64,", ""])
-    def test_pictures_without_a_file_are_kept_whole(self, prefix: str, session: Session, tmp_path: Path) -> None:
-        text = base64.b64encode(Path(HEART).read_bytes()).decode()
-        session.turns = [Turn("user", ("a", Picture.open(prefix + text), "b"))]
-        take(session, rf"\save {tmp_path}/chat.json")
-        take(session, rf"\load {tmp_path}/chat.json")
-        assert [type(part) for part in session.turns[0].parts] == [str, Picture, str]
-        assert session.turns[0].pictures[0].image.size == (256, 256)
-
-    def test_only_a_transcript_is_replaced(self, session: Session, tmp_path: Path) -> None:
-        take(session, rf"\save {tmp_path}/chat.json")
-        take(session, rf"\save {tmp_path}/chat.json")
-        (tmp_path / "thesis.txt").write_text("years of work")
-        with pytest.raises(InputError, match=r"thesis.txt is there and is no transcript, .*: choose another name"):
-            take(session, rf"\save {tmp_path}/thesis.txt")
-        assert (tmp_path / "thesis.txt").read_text() == "years of work"
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.json", "thesis.txt"]
-
-    @pytest.mark.parametrize(
-        "content",
-        [
-            "",
-            "{",
-            "[" * 100_000,
-            "3",
-            '{"messages": 3}',
-            "[3]",
-            '[{"role": "tool", "content": "x"}]',
-            '[{"role": "user"}]',
-            '[{"role": "user", "content": [{"type": "audio"}]}]',
-            '[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 3}}]}]',
-            '[{"role": "user", "content": [{"type": "image_url", "image_url": "nowhere.png"}]}]',
-            '[{"role": "user", "content": [{"type": ["x"]}]}]',
-        ],
-    )
-    def test_nonsense(self, content: str, session: Session, tmp_path: Path) -> None:
-        (tmp_path / "chat.json").write_text(content)
-        say(session, "Hello!")
-        before = state(session)
-        with pytest.raises(InputError) as caught:
-            take(session, rf"\load {tmp_path}/chat.json")
-        assert len(str(caught.value)) < 400
-        assert state(session) == before
-
-    def test_a_question_without_an_answer_is_answered(self, session: Session, tmp_path: Path) -> None:
-        (tmp_path / "chat.json").write_text('[{"role": "user", "content": "Hello!"}]')
-        take(session, rf"\load {tmp_path}/chat.json")
-        say(session, r"\retry")
-        assert [turn.role for turn in session.turns] == ["user", "assistant"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.chat.pseudo_terminal import SLOW, Terminal
+from tests.cli.chat.pseudo_terminal import ROOT, SLOW, Terminal
 
 HEART = "examples/pictures/pink-heart.png"
 STAR = "examples/pictures/green-star.png"
@@ -24,6 +24,22 @@ def test_a_conversation_about_two_pictures(tmp_path: Path) -> None:
         assert "pink-heart.png (256 x 256)" in terminal.text
         assert "first token" in terminal.text
         assert terminal.leave() == 0
+
+
+def test_the_conversation_of_the_documents(tmp_path: Path) -> None:
+    document = (ROOT / "docs" / "chat.md").read_text().split("```\n")[1]
+    lines = document.splitlines()
+    with Terminal(tmp_path) as terminal:
+        for place, line in enumerate(lines):
+            if typed := re.match(r"(\[1 picture\] )?> (.*)", line):
+                terminal.say(typed[2], lines[place + 1])
+        assert timeless("\n".join(lines[1:])) in timeless(terminal.text)
+        assert terminal.leave() == 0
+
+
+def timeless(text: str) -> str:
+    """Without speeds, which are the machine's, and how many positions the cache has, which may be one fewer."""
+    return re.sub(r"[\d.]+ (tok/)?s \||\d+ of them", "N", text)
 
 
 def test_every_command(tmp_path: Path) -> None:
@@ -128,6 +144,11 @@ def test_lines_files_and_history(tmp_path: Path) -> None:
         terminal.type("\x1b[A")
         terminal.wait(lambda: "  you" in terminal.shown and "  see?" in terminal.shown)
         terminal.clear()
+        terminal.type("\x12What")  # Ctrl-R
+        terminal.wait(lambda: "I-search backward: What" in terminal.shown)
+        terminal.type("\x03")
+        terminal.wait(lambda: terminal.is_prompting() and "I-search" not in "".join(terminal.shown))
+        terminal.say("Hello!", "first token")
         assert terminal.leave() == 0
 
 

@@ -39,6 +39,8 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("b c.jpg What?", ["b c.jpg"], "What?"),
         ("a.png b c.jpg What?", ["a.png", "b c.jpg"], "What?"),
         (r"it\'s.png it's here", ["it's.png"], "it's here"),
+        (r"'it'\''s.png' 'b c.jpg' it's here", ["it's.png", "b c.jpg"], "it's here"),
+        ("""'it'"'"'s.png' 'Is it?'""", ["it's.png"], "'Is it?'"),
         ("it's.png it's here", ["it's.png"], "it's here"),
         (r"back\slash.png x", [r"back\slash.png"], "x"),
         ("Bild\\ 3.04\u202fPM.png When?", ["Bild 3.04\u202fPM.png"], "When?"),
@@ -65,7 +67,8 @@ def test_what_a_terminal_drops(pictures: Path) -> None:
 
 @given(st.text(st.characters(exclude_characters="\n\r\t\0", exclude_categories=["Cs"]), min_size=1, max_size=30))
 def test_an_escaped_name_is_one_word_again(name: str) -> None:
-    assert split_sources(f"{escaped(name)} rest") == ([name], "rest") or name.lower().startswith(("data:", "http"))
+    for typed in (escaped(name), shlex.quote(name)):
+        assert split_sources(f"{typed} rest") == ([name], "rest") or name.lower().startswith(("data:", "http"))
 
 
 @given(st.text(max_size=60))

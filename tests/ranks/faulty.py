@@ -1,0 +1,60 @@
+"""The mlxvlm command with one thing that goes wrong: `python -m tests.ranks.faulty FAULT WORDS...`.
+
+Where it happens `AT FAULT` is said on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from mlxvlm.cli import main
+from mlxvlm.ranks import group, place, roles
+from mlxvlm.ranks.follower import FollowerRows
+from mlxvlm.ranks.leader import LeaderRows
+from mlxvlm.ranks.place import Place, find_place
+
+FOR_EVER_S = 600.0
+
+
+def say() -> None:
+    print(f"AT {sys.argv[1]}", file=sys.stderr, flush=True)
+
+
+def hang(*args: Any) -> NoReturn:
+    """Whatever is asked."""
+    say()
+    time.sleep(FOR_EVER_S)
+    raise AssertionError("nobody ended this process")
+
+
+def fail(*args: Any) -> NoReturn:
+    """As a disk might."""
+    say()
+    raise OSError("the disk is full")
+
+
+def without_addresses(environ: Mapping[str, str]) -> Place | None:
+    """As with mpirun, which tells none."""
+    found = find_place(environ)
+    return None if found is None else replace(found, addresses=())
+
+
+FAULTS = {
+    "no-addresses": (place, "find_place", without_addresses),
+    "no-connection": (group, "_connected", hang),
+    "load": (roles, "_shard", hang),
+    "bad-load": (roles, "_shard", fail),
+    "prefill": (FollowerRows, "fill", hang),
+    "leaders-prefill": (LeaderRows, "fill", hang),
+    "bad-prefill": (FollowerRows, "fill", fail),
+    "decode": (FollowerRows, "run", hang),
+    "bad-decode": (FollowerRows, "run", fail),
+}
+
+if __name__ == "__main__":
+    setattr(*FAULTS[sys.argv[1]])
+    sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,105 @@
+"""Rank 0's messages, done elsewhere: the same rows, lengths and blocks, and an error where the two have come apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlxvlm.engine.config import EngineConfig
+from mlxvlm.engine.engine import Engine
+from mlxvlm.engine.rows import Alone, Rows
+from mlxvlm.errors import RanksError
+from mlxvlm.models.base import KVSpec, VisionLanguageModel
+from mlxvlm.models.shares import Rank
+from mlxvlm.ranks.follower import FollowerRows, follow
+from mlxvlm.ranks.leader import LeaderRows
+from mlxvlm.ranks.shard import Shard
+from tests.golden import GOLDENS, Case
+from tests.ranks.program import KEPT, ROWS
+from tests.test_schedules import BLOCK, Row, Setting, Watched
+
+FAMILIES = ("llama4_norms", "mllama_tiles", "qwen2_vl_window")
+
+
+def shard_of(case: Case, index: int) -> Shard:
+    """All of a model; a group of one adds nothing to what it has."""
+    return Shard(case.build(), Rank(index, 2), mx.distributed.init())
+
+
+class Recorded(Alone):
+    """Ranks that only write down what they are told."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+
+    def rows(self, model: VisionLanguageModel, specs: Sequence[KVSpec]) -> Rows:
+        self.held: LeaderRows = LeaderRows(model, specs, self.tell)  # type: ignore[arg-type]
+        return self.held
+
+    def tell(self, message: list[Any]) -> None:
+        self.messages.append(json.loads(json.dumps(message)))  # as it would arrive
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def recorded(request: pytest.FixtureRequest) -> Iterator[tuple[Setting, Recorded]]:
+    case, ranks, watched = Case(GOLDENS / request.param), Recorded(), []
+
+    def build(progress: Any) -> VisionLanguageModel:
+        watched.append(Watched(shard_of(case, 0)))
+        watched[0]._model._has_head = False  # a gathering from one rank would lack the other's part
+        return watched[0]
+
+    source = case.open()
+    config = EngineConfig(source.max_context, frozenset(), prefill_chunk_while_decoding=64, prefix_block_tokens=BLOCK)
+    prompts = {name: source.processor(case.messages(name), case.template) for name in case.scenarios}
+    with Engine(build, source.processor, config, ranks=ranks) as engine:
+        yield Setting(case, engine, watched[0], prompts, {}), ranks
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(ROWS, min_size=2, max_size=6), kept=KEPT)
+def test_who_follows_has_the_same_rows(
+    recorded: tuple[Setting, Recorded], rows: list[Row], kept: tuple[int, int]
+) -> None:
+    setting, ranks = recorded
+    setting.keep(*kept)
+    setting.check(rows)
+    model = shard_of(setting.case, 1)
+    model._has_head = False
+    theirs, messages = FollowerRows(model, model.kv_specs), list(ranks.messages)
+    follow(theirs, messages)
+    kept_here = {block.number for block in setting.engine._runner.prefixes._blocks.values()}
+    assert set(theirs._blocks) == kept_here | set(ranks.held._unused)
+    assert theirs.batch.owners == ranks.held.batch.owners
+    assert theirs._lengths == ranks.held._lengths
+    for held in (theirs, ranks.held):
+        assert not held._alone
+        assert not held._prompts
+        assert not held._states
+
+
+def following() -> FollowerRows:
+    model = shard_of(Case(GOLDENS / "qwen2_vl_window"), 1)
+    rows = FollowerRows(model, model.kv_specs)
+    rows.do("begin", 1, [], 0)
+    rows.do("keep", 1, {"length": 3, "delta": 0, "has_positions": False, "pictures": 0, "vision": None})
+    rows.do("fill", 1, 0, 3)
+    rows.do("join", 1)
+    rows.do("order", 1)
+    return rows
+
+
+def test_rows_of_other_lengths() -> None:
+    with pytest.raises(RanksError, match=r"rank 1 has rows of \[3\] tokens, not \[4\]"):
+        following().do("run", [1, 1], None, [4])
+
+
+def test_a_message_that_is_unknown() -> None:
+    with pytest.raises(RanksError, match="'dance', which is unknown"):
+        following().do("dance", 1)
