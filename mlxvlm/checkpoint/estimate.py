@@ -182,7 +182,7 @@ def need_of(
         stored = {name: int(array.nbytes) for name, array in named.items()}
         pieces = [array.nbytes // array.shape[0] if array.ndim == 3 else array.nbytes for array in named.values()]
         specs = [replace(spec, num_kv_heads=max(1, len(rank.range(spec.num_kv_heads)))) for spec in specs]
-    size = sum(_bound_bytes(name, named, target, plan.specs) for name in named)
+    size = sum(bound_bytes(name, named, target, plan.specs) for name in named)
     try:
         context = context_length(config)
     except NONSENSE as error:
@@ -205,7 +205,7 @@ def need_of(
     )
 
 
-def _bound_bytes(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype, specs: Mapping[str, QuantSpec]) -> int:
+def bound_bytes(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype, specs: Mapping[str, QuantSpec]) -> int:
     """Of a tensor once it is bound, its scales and biases included where it is quantised on the way."""
     array = weights[name]
     spec = specs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
