@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlxvlm.checkpoint.weights import read_weights, weight_files
 from mlxvlm.errors import ModelError, ModelNotFoundError, WeightsError
 from mlxvlm.families import NONSENSE, family_of, senseless
 from mlxvlm.models.base import KVSpec
-from mlxvlm.models.shares import Rank, Share
+from mlxvlm.models.shares import Rank, Share, most_ranks
 from mlxvlm.processors.files import context_length, read_json
 
 # As mx.load reads them; FP8 arrives as bytes.
@@ -63,6 +63,8 @@ class MemoryNeed:
     left: Sequence[str]  # what in-situ quantisation can't take, see isq.Plan
     kv_specs: Sequence[KVSpec]
     dtype: mx.Dtype  # what is computed in
+    most_ranks: int  # that its heads and widths can be shared by; quantised groups may allow fewer
+    share: Callable[[int, int], MemoryNeed] = field(compare=False, repr=False)  # that of rank `index` of `count`
 
 
 def memory_need(
@@ -85,13 +87,13 @@ def memory_need(
     path = Path(model).expanduser()
     if mmproj is not None or (path.suffix.lower() == GGUF and not path.is_dir()):
         check_shareable(model, rank)
-        return _gguf_need(path, mmproj, dtype, recipe, spec)
+        return _unshared(model, _gguf_need(path, mmproj, dtype, recipe, spec))
     folder = resolve(model, revision, weights=False)
     if from_uqff is not None or is_packed(folder):
         check_shareable(model, rank)
     if from_uqff is None and is_packed(folder):
         if any(folder.glob(f"*{GGUF}")):
-            return _gguf_need(folder, None, dtype, recipe, spec)
+            return _unshared(model, _gguf_need(folder, None, dtype, recipe, spec))
         from_uqff = str(folder)
     config = read_json(folder / "config.json")
     if not config:
@@ -101,7 +103,8 @@ def memory_need(
         files = _uqff_files(from_uqff, folder, model)
         conversion = outline(files, folder, spec)
         need = need_of(config, conversion.weights, dtype_of(dtype, conversion), recipe, name=name)
-        return replace(need, disk_bytes=sum(file.stat().st_size for file in [*files, *_rest(files, folder)]))
+        stored = sum(file.stat().st_size for file in [*files, *_rest(files, folder)])
+        return _unshared(model, replace(need, disk_bytes=stored))
     is_local = is_on_disk(model) or _has_weights(folder)
     weights = read_weights(folder) if is_local else _hub_weights(model, revision)
     return need_of(config, weights, dtype, recipe, is_local=is_local, name=name, rank=rank)
@@ -119,6 +122,14 @@ def _gguf_need(path: Path, mmproj: Path | None, dtype: str, recipe: Recipe, spec
     stored = add_gguf(conversion, model, spec)
     need = need_of(model.config, conversion.weights, dtype_of(dtype, conversion), recipe, name=str(path))
     return replace(need, disk_bytes=stored)
+
+
+def _unshared(name: str, need: MemoryNeed) -> MemoryNeed:
+    def share(index: int, count: int) -> MemoryNeed:
+        check_shareable(name, None if count == 1 else count)
+        return need
+
+    return replace(need, share=share)
 
 
 def _uqff_files(name: str, folder: Path, model: str) -> list[Path]:
@@ -159,7 +170,7 @@ def need_of(
     """
     # Building makes lazy arrays only; nothing is allocated until it is evaluated.
     built = family_of(config).build_model(config)
-    target = choose_dtype(dtype, weights)
+    most, target = most_ranks(built), choose_dtype(dtype, weights)
     stored = {name: int(array.nbytes) for name, array in weights.items()}
     # A stack of experts is read one expert at a time where it is quantised.
     pieces = [array.nbytes // array.shape[0] if array.ndim == 3 else array.nbytes for array in weights.values()]
@@ -171,7 +182,7 @@ def need_of(
         stored = {name: int(array.nbytes) for name, array in named.items()}
         pieces = [array.nbytes // array.shape[0] if array.ndim == 3 else array.nbytes for array in named.values()]
         specs = [replace(spec, num_kv_heads=max(1, len(rank.range(spec.num_kv_heads)))) for spec in specs]
-    size = sum(_bound_bytes(name, named, target, plan.specs) for name in named)
+    size = sum(bound_bytes(name, named, target, plan.specs) for name in named)
     try:
         context = context_length(config)
     except NONSENSE as error:
@@ -189,10 +200,12 @@ def need_of(
         left=plan.left,
         kv_specs=specs,
         dtype=target,
+        most_ranks=most,
+        share=lambda *rank: need_of(config, weights, dtype, recipe, is_local=is_local, name=name, rank=Rank(*rank)),
     )
 
 
-def _bound_bytes(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype, specs: Mapping[str, QuantSpec]) -> int:
+def bound_bytes(name: str, weights: Mapping[str, mx.array], dtype: mx.Dtype, specs: Mapping[str, QuantSpec]) -> int:
     """Of a tensor once it is bound, its scales and biases included where it is quantised on the way."""
     array = weights[name]
     spec = specs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvlm.cli.options import REQUANTIZE, size_text
+from mlxvlm.errors import UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.engine.device import DeviceReport
-
-_CONTEXTS = (2048, 8192, 32768, 131072)  # tokens, as far as the model goes
 
 
 def add_parser(commands: Any) -> None:
@@ -46,6 +45,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--kv-group-size", type=int, default=64, choices=(32, 64, 128), metavar="N", help="of --kv-bits: 32, 64 or 128"
     )
+    parser.add_argument("--shards", type=int, metavar="N", help="what each of N Macs that share it would need")
     parser.set_defaults(execute=execute)
 
 
@@ -76,14 +76,17 @@ def _report_model(args: argparse.Namespace, usable: int) -> None:
     from mlxvlm.checkpoint.build import recipe_of
     from mlxvlm.checkpoint.estimate import memory_need
     from mlxvlm.checkpoint.load import LoadOptions
-    from mlxvlm.engine.kv_layout import quantised
+    from mlxvlm.cli.sharing import Sharing
 
+    if args.shards is not None and args.shards < 1:
+        raise UsageError(f"--shards is a number from 1 on, not {args.shards}")
     recipe = recipe_of(LoadOptions(isq=args.isq, isq_tower=args.isq_vision, topology=args.topology))
     need = memory_need(
         args.model, args.revision, args.dtype, recipe, args.mmproj, args.from_uqff, requantize=args.requantize
     )
-    specs = quantised(need.kv_specs, args.kv_bits, args.kv_group_size)
-    per_token = sum(spec.bytes_per_token(need.dtype) for spec in specs)
+    sharing = Sharing(need, usable, args.kv_bits, args.kv_group_size)
+    per_token = sharing.bytes_per_token(need)
+    rows = [] if args.shards is None else sharing.rows(args.shards)
     held = f" in {args.kv_bits} bits" if args.kv_bits else ""
     print()
     _row("model", f"{args.model} ({need.model_type}){'' if need.is_local else ', not on this machine yet'}")
@@ -93,10 +96,11 @@ def _report_model(args: argparse.Namespace, usable: int) -> None:
         _row("", line)
     _row("tensors", need.misfit or f"{need.num_tensors}, names and shapes are the model's")
     _row("KV cache", f"{size_text(1000 * per_token)} for 1000 tokens{held}, {need.max_context} tokens at most")
-    for tokens in sorted({min(tokens, need.max_context) for tokens in _CONTEXTS}):
-        total = max(need.weights_bytes + tokens * per_token, need.loading_bytes)
-        verdict = "fits" if total < usable else "does not fit"
-        _row(f"  {tokens} tokens", f"{size_text(total)} for weights and KV cache: {verdict}")
+    for tokens in sharing.contexts:
+        verdict = "fits" if sharing.fits([need], tokens) else "does not fit"
+        _row(f"  {tokens} tokens", f"{size_text(sharing.total(need, tokens))} for weights and KV cache: {verdict}")
+    for name, value in rows:
+        _row(name, value)
 
 
 def _row(name: str, value: str) -> None:

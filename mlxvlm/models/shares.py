@@ -153,6 +153,15 @@ def column_units(model: VisionLanguageModel, count: int) -> Mapping[str, int]:
     return units
 
 
+def most_ranks(model: VisionLanguageModel) -> int:
+    """How many can share a model that is not quantised: as many as its heads, or as its narrowest MLP has columns."""
+    assert isinstance(model, nn.Module)
+    sizes: list[int] = []
+    for each in _shared(model, Rank(0, 1)):
+        sizes += [each.counts["_heads"]] if each.counts else [cut.full for cut in each.cuts.values()]
+    return min(sizes)
+
+
 def keep_decoder(model: VisionLanguageModel) -> None:
     """Takes all out of a model but what ranks other than the first run: decoder layers, last norm, untied head."""
     assert isinstance(model, nn.Module)

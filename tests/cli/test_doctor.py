@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from mlxvlm import __version__
-from mlxvlm.cli import main
+from mlxvlm.checkpoint.build import recipe_of
+from mlxvlm.checkpoint.estimate import memory_need
+from mlxvlm.checkpoint.load import LoadOptions
+from mlxvlm.cli import doctor, main
 from mlxvlm.cli.options import size_text
 from tests.checkpoint.llama_cpp.pairs import MMPROJ, TEXT, Kind, write_pair
+from tests.checkpoint.sharing import wide
 from tests.checkpoint.test_uqff import samples, write_model
 from tests.checkpoint.uqff_models import config_of
+from tests.checkpoint.wide import write_wide
 from tests.golden import GOLDENS
 
 Capture = pytest.CaptureFixture[str]
@@ -76,6 +81,75 @@ def test_gguf_and_uqff_files(capsys: Capture, tmp_path: Path) -> None:
     for flags in ([], ["--from-uqff", str(file)]):
         assert main(["doctor", "-m", str(folder), *flags]) == 0
         assert "names and shapes are the model's" in capsys.readouterr().out
+
+
+class TestShards:
+    """What each of several Macs needs; that the sizes are right is held in tests/checkpoint/test_share_need.py."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> str:
+        return str(write_wide(tmp_path / "m", "llama4", config=wide("llama4")))
+
+    def rows(self, capsys: Capture, *argv: str) -> str:
+        assert main(["doctor", "--dtype", "float32", *argv]) == 0
+        return capsys.readouterr().out
+
+    @pytest.mark.parametrize("flags", [(), ("--isq", "4@32"), ("--kv-bits", "8", "--kv-group-size", "32")])
+    def test_sizes_of_each(self, flags: tuple[str, ...], folder: str, capsys: Capture) -> None:
+        out = self.rows(capsys, "-m", folder, "--shards", "4", *flags)
+        recipe = recipe_of(LoadOptions(isq="4@32" if "--isq" in flags else None))
+        need = memory_need(folder, dtype="float32", recipe=recipe)
+        first, last = need.share(0, 4), need.share(3, 4)
+        for name, each in ("rank 0", first), ("ranks 1 to 3, each at most", last):
+            sizes = f"{size_text(each.weights_bytes)}, {size_text(each.loading_bytes)} while loading"
+            assert f" {name}: {sizes}; KV cache " in out
+        whole, *others = re.findall(r"KV cache +([\d.]+) ([kM])B for 1000 tokens", out)
+        sizes = [float(size) * (1000 if unit == "M" else 1) for size, unit in (whole, *others)]
+        assert sizes[1:] == [pytest.approx(sizes[0] / 4, abs=10)] * 2
+        assert "for weights and KV cache: fits Macs like this one" in out
+        assert "8 Macs at most; the KV cache of each shrinks up to 4" in out
+        assert "1 Macs like this one have room" in out
+
+    def test_how_many_have_room(self, folder: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+        def total(count: int) -> int:
+            needs = [memory_need(folder).share(rank, count) for rank in range(count)]
+            return max(max(need.loading_bytes, need.weights_bytes + 2048 * need.kv_bytes_per_token) for need in needs)
+
+        totals = [total(count) for count in range(1, 9)]
+        assert min(totals) == totals[-1]
+        for usable in (*[each + 1 for each in totals], 1000):
+            count = next((str(count) for count, each in enumerate(totals, 1) if each < usable), "no number of")
+            monkeypatch.setattr(doctor, "_usable_bytes", lambda machine, usable=usable: usable)
+            out = self.rows(capsys, "-m", folder, "--shards", "2")
+            shortest = re.findall(r"^  \d+ tokens +(.+) Macs like this one have room", out, re.MULTILINE)[0]
+            assert shortest == count
+
+    def test_what_no_group_fits_is_told_of_all(self, tmp_path: Path, capsys: Capture) -> None:
+        folder = write_wide(tmp_path / "m", "idefics3", config=wide("idefics3", head_dim=16, intermediate_size=96))
+        line = "mlp.down_proj and 1 more, as no group of 4@64 divides 24 inputs"
+        for count, times in ((2, 0), (4, 1)):
+            assert self.rows(capsys, "-m", str(folder), "--isq", "4@64", "--shards", str(count)).count(line) == times
+
+    def test_refusals(self, folder: str, tmp_path: Path, capsys: Capture) -> None:
+        uqff, config = tmp_path / "uqff", config_of("qwen2_vl")
+        write_model(uqff, config, samples(config, ["q4_0", "afq4"]))
+        pair = write_pair(tmp_path / "gguf", GOLDENS / "idefics3_split", Kind.Q8_0)
+        for model in (uqff, pair, pair / TEXT):
+            assert main(["doctor", "-m", str(model), "--shards", "2"]) == 2
+            said = capsys.readouterr()
+            assert "GGUF and UQFF files can't be shared by several machines" in said.err
+            assert "on disk" not in said.out
+        for count, why in (("9", "8 attention heads can't be shared by 9 ranks"), ("0", "--shards is a number from 1")):
+            assert main(["doctor", "-m", folder, "--shards", count]) == 2
+            assert why in capsys.readouterr().err
+
+    def test_a_misfit_is_not_shared(self, folder: str, capsys: Capture) -> None:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config["text_config"]["intermediate_size"] *= 2
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        out = self.rows(capsys, "-m", folder, "--shards", "2")
+        assert "wrongly shaped" in out
+        assert "rank 0" not in out
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "not a name"])
