@@ -15,7 +15,7 @@ from mlxvlm.engine.draft_model import Draft
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.params import SamplingParams
 from mlxvlm.errors import UsageError
-from mlxvlm.ranks.place import START_TIMEOUT_S, TIMEOUT_S, Member, find_place
+from mlxvlm.ranks.place import Member, RankOptions, find_member
 
 _CACHE, _MAC_CACHE = Path(".cache/mlxvlm/isq"), Path("Library/Caches/mlxvlm/isq")
 
@@ -39,8 +39,7 @@ def load(
     max_memory_bytes: int | None = None,
     draft_model: str | None = None,
     progress: Progress | None = None,
-    rank_timeout_s: float = TIMEOUT_S,
-    rank_start_timeout_s: float = START_TIMEOUT_S,
+    ranks: RankOptions | None = None,
     **engine: Unpack[EngineOptions],
 ) -> Engine:
     """An engine with a model: "demo", a local folder, a GGUF file, or a Hugging Face repository id.
@@ -60,7 +59,7 @@ def load(
     start of the same model; prefix_cache_dir_bytes: its limit (10 GiB); prefix_cache_eager: also what was used once.
     progress: called with (bytes done, bytes in all) while weights are read.
     Under mlx.launch all ranks run the model together (docs/scale.md): on rank 0 this returns, on the others it never
-    does: they end with rank 0, or when one is silent for rank_timeout_s, or not there after rank_start_timeout_s.
+    does, they end with rank 0. ranks: {"timeout_s": 15, "start_timeout_s": 60, "stall_timeout_s": 120, "host": None}.
     Raises UsageError, ModelError and its kinds, RanksError. Close the engine, or use it in a `with` block.
     """
     source = open_model(
@@ -69,8 +68,7 @@ def load(
     isq = in_situ_quant if isq is None else isq
     options = LoadOptions(dtype, isq, isq_tower, _path(topology), cache_folder(isq_cache), requantize)
     draft = None if draft_model is None else open_model(draft_model)
-    place = find_place(os.environ)
-    member = None if place is None else Member(place, rank_timeout_s, rank_start_timeout_s)
+    member = find_member(os.environ, **(ranks or {}))
     return start(source, options, progress, max_memory_bytes, draft, member, **engine)
 
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.golden import GOLDENS, cases
 
@@ -16,6 +17,9 @@ def pytest_configure() -> None:
     # A shell starts jobs in the background with Ctrl-C ignored, which tests of Ctrl-C and their children would inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # An example that takes long says that the machine is busy.
+    settings.register_profile("busy", deadline=None)
+    settings.load_profile("busy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -198,12 +198,13 @@ def _one_call_a_turn(messages: Sequence[Message]) -> list[Message]:
         if len(message.tool_calls) < 2:
             turns.append(message)
             continue
-        results = []
+        results: dict[str, list[Message]] = {call.id: [] for call in message.tool_calls}
+        others: list[Message] = []
         while waiting and waiting[0].role == "tool":
-            results.append(waiting.popleft())
+            result = waiting.popleft()
+            results.get(result.tool_call_id or "", others).append(result)
         for index, call in enumerate(message.tool_calls):
             turns.append(replace(message, parts=() if index else message.parts, tool_calls=(call,)))
-            turns += [result for result in results if result.tool_call_id == call.id]
-        known = {call.id for call in message.tool_calls}
-        turns += [result for result in results if result.tool_call_id not in known]
+            turns += results.pop(call.id, [])
+        turns += others
     return turns

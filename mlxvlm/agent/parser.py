@@ -188,14 +188,15 @@ class ToolParser:
         yield from self._close(dict(self._syntax.markers).get(opener, ""))
 
     def _close(self, closer: str) -> Reading[None]:
-        """Passes over the marker after calls, if it is there: models forget it."""
+        """Passes over the marker after calls, if it is there: models forget it, and limits cut it off."""
         reader = self._reader
         if not closer:
             return
         start = reader.at
         yield from reader.skip_space()
         if not (yield from reader.skip(closer)):
-            reader.at = start
+            rest = reader.text[reader.at : reader.at + len(closer)]
+            reader.at = len(reader.text) if closer.startswith(rest) else start
 
     def _begin(self, name: str, arguments: str = "") -> None:
         self._growing = new_call_id()

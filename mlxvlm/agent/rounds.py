@@ -106,7 +106,8 @@ class Offer:
     def parser(self, request: Request) -> ToolParser:
         """For the answer to a request of first() or next(): it knows all tools, so that no call is taken for text."""
         is_constrained = request.sampling is not None and request.sampling.grammar is not None
-        return self.format.parser(self.tools, constrained=is_constrained, grows=self.grows)
+        # Nobody sees a bound tool's call grow: cut off, it would be neither text nor a call.
+        return self.format.parser(self.tools, constrained=is_constrained, grows=self.grows and not self.bound)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from mlxvlm.agent.parser import Syntax
 from mlxvlm.agent.tools import Tool
@@ -82,11 +83,9 @@ def in_plain_text(
 def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Text side by side as one part: some templates write spaces between parts, or read the first only."""
     merged: list[Part] = []
-    for part in parts:
-        if isinstance(part, TextPart) and merged and isinstance(merged[-1], TextPart):
-            merged[-1] = TextPart(merged[-1].text + part.text)
-        else:
-            merged.append(part)
+    for is_text, run in groupby(parts, lambda part: isinstance(part, TextPart)):
+        pieces = list(run)
+        merged += [TextPart("".join(part.text for part in pieces if isinstance(part, TextPart)))] if is_text else pieces
     return tuple(merged)
 
 

@@ -24,6 +24,7 @@ from mlxvlm.errors import InputError, UsageError
 ContextSize: TypeAlias = Literal["low", "medium", "high"]
 BUDGETS: Mapping[ContextSize, int] = {"low": 4096, "medium": 8192, "high": 16384}  # tokens of one tool result
 MAX_RESULTS = 10
+MAX_PLACE_CHARS = 100  # of each word for where the user is
 SEARCH_TIMEOUT_S = 5.0
 PAGE_TIMEOUT_S = 10.0
 MAX_ANSWER_BYTES = 4_000_000  # of a search service
@@ -76,7 +77,7 @@ class SearchOptions:
         if not isinstance(place, Mapping):
             raise InputError("user_location must be an object with city, region, country or timezone")
         words = [place[name] for name in ("city", "region", "country", "timezone") if place.get(name)]
-        if not all(isinstance(word, str) and len(word) <= 100 for word in words):
+        if not all(isinstance(word, str) and len(word) <= MAX_PLACE_CHARS for word in words):
             raise InputError("city, region, country and timezone of user_location must be short texts")
         return cls(cast(ContextSize, size), ", ".join(words), place.get("country") or "", options.get("max_uses"))
 

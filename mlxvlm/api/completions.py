@@ -124,10 +124,10 @@ def completion_plan(
         ids = tuple(encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
         if not ids:
             raise RequestError("the prompt is empty, and this model's tokenizer begins with nothing", "prompt")
-        text = prompt if isinstance(prompt, str) else decode(ids)
         made = Request(sampling=sampling, timeout_s=body.timeout, prompt=Prompt(ids))
         requests += [with_seed(made, index) for index in range(n)]
-        echoes += [text if body.echo else ""] * n
+        echo = "" if not body.echo else prompt if isinstance(prompt, str) else decode(ids)
+        echoes += [echo] * n
     return CompletionPlan(tuple(requests), tuple(echoes), n)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-_LIMITS = (("minimum", "from {}"), ("exclusiveMinimum", "above {}"), ("maximum", "to {}"), ("maxItems", "at most {}"))
+_LIMITS = (("minimum", "from {}"), ("exclusiveMinimum", "above {}"), ("maximum", "to {}"))
 
 
 def type_of(schema: Mapping[str, Any]) -> str:
@@ -22,7 +23,8 @@ def type_of(schema: Mapping[str, Any]) -> str:
             return " or ".join(dict.fromkeys(kinds))
     words = str(schema.get("type", "anything"))
     if words == "array":
-        words = f"list of {_plural(type_of(schema['items']))}"
+        most = f"at most {_number(schema['maxItems'])} " if "maxItems" in schema else ""
+        return f"list of {most}{_plural(type_of(schema['items']))}"
     # Beyond a billion a limit is no one's concern.
     limits = [text.format(_number(schema[key])) for key, text in _LIMITS if key in schema and abs(schema[key]) < 1e9]
     return " ".join([words, *limits])
@@ -32,6 +34,7 @@ def _number(value: float) -> str:
     return f"{int(value) if value == int(value) else value:,}"
 
 
-def _plural(word: str) -> str:
-    """Of "string or object" as well."""
-    return " or ".join(each if "`" in each else f"{each}s" for each in dict.fromkeys(word.split(" or ")))
+def _plural(words: str) -> str:
+    """Of "string or list of integers" as well: "strings or lists of integers"."""
+    kinds = dict.fromkeys(words.split(" or "))
+    return " or ".join(each if "`" in each else re.sub(r"^\w+", r"\g<0>s", each) for each in kinds)

@@ -13,6 +13,7 @@ from mlxvlm.api.tools import MAX_TOOLS, Tool
 
 MAX_TOKEN_IDS = 1 << 20
 MAX_TYPE_CHARS = 64
+MAX_TEXT_CHARS = 1 << 20
 
 _Model: TypeAlias = Annotated[str, Field(max_length=MAX_MODEL_CHARS)]
 _MODEL = "A name of /v1/models, or `default`."
@@ -22,7 +23,7 @@ class TokenizeRequest(Body):
     """A text, or a chat whose prompt is to be looked at."""
 
     model: _Model = Field("default", description=_MODEL)
-    text: str | None = Field(None, description="A text as it is.")
+    text: str | None = Field(None, max_length=MAX_TEXT_CHARS, description="A text as it is.")
     messages: list[ChatMessage] | None = Field(
         None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True, description="Or a chat, as for chat completions."
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mlxvlm.agent.web_search import MAX_PLACE_CHARS
 from mlxvlm.api.base import Body
 from mlxvlm.api.messages import MAX_MESSAGES, ChatMessage
 from mlxvlm.api.sampling import MAX_TOKENS, SamplingFields
@@ -53,10 +54,10 @@ class StreamOptions(Body):
 class Place(Body):
     """As far as it is told."""
 
-    country: str | None = Field(None, max_length=MAX_LABEL_CHARS)
-    region: str | None = Field(None, max_length=MAX_LABEL_CHARS)
-    city: str | None = Field(None, max_length=MAX_LABEL_CHARS)
-    timezone: str | None = Field(None, max_length=MAX_LABEL_CHARS)
+    country: str | None = Field(None, max_length=MAX_PLACE_CHARS)
+    region: str | None = Field(None, max_length=MAX_PLACE_CHARS)
+    city: str | None = Field(None, max_length=MAX_PLACE_CHARS)
+    timezone: str | None = Field(None, max_length=MAX_PLACE_CHARS)
 
 
 class UserLocation(Body):

@@ -6,8 +6,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from mlxvlm.errors import RanksError, UsageError
@@ -21,6 +22,9 @@ def add_ranks_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a model that several Macs share (docs/scale.md)")
     group.add_argument(
         "--shards", type=int, metavar="N", help="run it in N processes on this machine, to try out what Macs would do"
+    )
+    group.add_argument(
+        "--rank-host", metavar="HOST", help="where all reach rank 0 (default: its first address in the file of hosts)"
     )
     group.add_argument(
         "--rank-timeout", type=float, metavar="S", help="a rank that is silent for S seconds is lost (default: 15)"
@@ -40,33 +44,36 @@ def membership(args: argparse.Namespace) -> Iterator[Member | None]:
 
     None for a process on its own. Raises UsageError, RanksError.
     """
-    from mlxvlm.ranks.place import STALL_TIMEOUT_S, START_TIMEOUT_S, TIMEOUT_S, Member, find_place
+    from mlxvlm.ranks.place import STALL_TIMEOUT_S, START_TIMEOUT_S, TIMEOUT_S, RankOptions, find_member
 
-    limits = (
-        _seconds(args.rank_timeout, "--rank-timeout", TIMEOUT_S),
-        _seconds(args.rank_start_timeout, "--rank-start-timeout", START_TIMEOUT_S),
-        _seconds(args.rank_stall_timeout, "--rank-stall-timeout", STALL_TIMEOUT_S),
-    )
+    options: RankOptions = {
+        "host": args.rank_host,
+        "timeout_s": _seconds(args.rank_timeout, "--rank-timeout", TIMEOUT_S),
+        "start_timeout_s": _seconds(args.rank_start_timeout, "--rank-start-timeout", START_TIMEOUT_S),
+        "stall_timeout_s": _seconds(args.rank_stall_timeout, "--rank-stall-timeout", STALL_TIMEOUT_S),
+    }
     parent: int | None = args.shard_of
-    if args.shards is not None and args.shards != 1 and parent is None:
-        from mlxvlm.ranks.launch import MAX_SHARDS, shards
+    with _shards(args) if parent is None else nullcontext(lambda: _check_parent(parent)) as check:
+        member = find_member(os.environ, **options)
+        if member is not None and member.follows:
+            if parent is None:
+                _log_lines()
+            # A terminal sends Ctrl-C to all of its processes: rank 0 decides what it means.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        yield None if member is None else replace(member, check=check)
 
-        if not 1 <= args.shards <= MAX_SHARDS:
-            raise UsageError(f"--shards is a number from 1 to {MAX_SHARDS}, not {args.shards}")
-        with shards(args.shards, args.argv) as (place, check):
-            yield Member(place, *limits, check=check)
+
+@contextmanager
+def _shards(args: argparse.Namespace) -> Iterator[Callable[[], None]]:
+    if args.shards is None or args.shards == 1:
+        yield lambda: None
         return
-    found = find_place(os.environ)
-    if found is None:
-        yield None
-        return
-    member = Member(found, *limits) if parent is None else Member(found, *limits, check=lambda: _check_parent(parent))
-    if member.follows:
-        if parent is None:
-            _log_lines()
-        # A terminal sends Ctrl-C to all of its processes: rank 0 decides what it means.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    yield member
+    from mlxvlm.ranks.launch import MAX_SHARDS, shards
+
+    if not 1 <= args.shards <= MAX_SHARDS:
+        raise UsageError(f"--shards is a number from 1 to {MAX_SHARDS}, not {args.shards}")
+    with shards(args.shards, args.argv) as check:
+        yield check
 
 
 def follow(args: argparse.Namespace, member: Member) -> NoReturn:

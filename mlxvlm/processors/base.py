@@ -17,7 +17,9 @@ from mlxvlm.processors.chat_template import ChatTemplate
 from mlxvlm.processors.tokenizer import Tokenizer
 
 ROLES = get_args(Role)
-_SHORTENING = 4  # a normalizer makes less of a text: composing (NFC) a third at most
+_CHARS_PER_TOKEN = 8  # more than languages have: longer texts are counted piece by piece first
+_PIECE_CHARS = 1 << 16
+_SLACK = 4  # of the pieces' tokens: cuts add some, a normalizer may make less of the whole
 AS_THE_CHECKPOINT = ImageOptions()
 
 
@@ -60,13 +62,18 @@ class Processor(Protocol):
     ) -> Prompt: ...
 
 
-def check_length(text: str, longest_token: int, max_context: int) -> None:
-    """Raises ContextLengthError for a text that can't fit: to find out by its tokens takes a second a megabyte."""
-    if len(text) > _SHORTENING * longest_token * max_context:
-        raise ContextLengthError(
-            f"the prompt has {len(text):,} characters, which the model's context of {max_context} tokens can't hold: "
-            "shorten it"
-        )
+def check_length(text: str, tokenizer: Tokenizer, max_context: int) -> None:
+    """Raises ContextLengthError for a text that can't fit: to read it whole would take 130 bytes a character."""
+    if len(text) <= max(_PIECE_CHARS, _CHARS_PER_TOKEN * max_context):
+        return
+    left = _SLACK * max_context
+    for start in range(0, len(text), _PIECE_CHARS):
+        left -= len(tokenizer.encode(text[start : start + _PIECE_CHARS], add_special_tokens=False))
+        if left < 0:
+            raise ContextLengthError(
+                f"the prompt has {len(text):,} characters, which the model's context of {max_context} tokens can't "
+                "hold: shorten it"
+            )
 
 
 def check_messages(messages: Sequence[Message]) -> None:

@@ -117,7 +117,7 @@ class FamilyProcessor(ABC, Generic[Settings]):
         check_typed(messages, self.marker)
         turns = [(message, self.place(message)) for message in messages]
         rendered = self.render(turns, template)
-        check_length(rendered, self.tokenizer.longest_token, self.max_context)
+        check_length(rendered, self.tokenizer, self.max_context)
         sources = [part.source for _, parts in turns for part in parts if isinstance(part, ImagePart)]
         check_markers(rendered, self.marker, len(sources))
         images = self._prepare_all(sources, options)

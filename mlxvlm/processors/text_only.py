@@ -32,7 +32,7 @@ class TextProcessor:
         if options != AS_THE_CHECKPOINT or any(message.images for message in messages):
             raise InputError("this model reads text only: leave the image out, or give a model with a vision tower")
         rendered = self.template.render([self._turn(message) for message in messages], template)
-        check_length(rendered, self.tokenizer.longest_token, self.max_context)
+        check_length(rendered, self.tokenizer, self.max_context)
         return Prompt(tuple(self.tokenizer.encode_prompt(rendered)))
 
     def _turn(self, message: Message) -> dict[str, Any]:

@@ -105,7 +105,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; with add_special_tokens as the checkpoint's post-processor says (BOS ...)."""
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # A batch of one: encode() holds Python's lock, so that a long text would stop every other thread.
+            ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError as error:  # how the Rust side refuses what UTF-8 can't hold
             raise InputError("the text holds half of a surrogate pair, which is no character: remove it") from error
         return ids
@@ -156,11 +157,6 @@ class Tokenizer:
             return bytes(_BYTES[char] for char in token) if _BYTES.keys() >= set(token) else token.encode()
         byte = _BYTE_TOKEN.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
-
-    @cached_property
-    def longest_token(self) -> int:
-        """Characters that the longest token's spelling has."""
-        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
 
     @cached_property
     def _added(self) -> frozenset[int]:

@@ -36,7 +36,8 @@ class Channel:
         self._writer = threading.Thread(target=self._write, name=f"mlxvlm-tells-{name}", daemon=True)
 
     def start(self, on_message: Callable[[Any], None], on_end: Callable[[str], None]) -> None:
-        """Both are called from the reading thread: for each message, then once with why no more will come."""
+        """Both are called from the reading thread: for each message, then once with why no more will come, also
+        after close()."""
         self._on_message, self._on_end = on_message, on_end
         self._reader.start()
         self._writer.start()
@@ -97,11 +98,7 @@ class Channel:
                     self._changed.notify_all()
 
     def _read(self) -> None:
-        why = self._heard()
-        with self._changed:
-            is_closed = self._is_closed
-        if not is_closed:
-            self._on_end(why)
+        self._on_end(self._heard())
 
     def _heard(self) -> str:
         """Passes messages on until no more come; why that is."""

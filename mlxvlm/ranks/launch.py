@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from mlxvlm.errors import RanksError, UsageError
-from mlxvlm.ranks.place import RANK, RING_HOSTS, Place, find_place
+from mlxvlm.ranks.place import RANK, RING_HOSTS, find_place
 
 MAX_SHARDS = 16  # each is a process with its own Python and MLX
 _LOOPBACK = "127.0.0.1"
@@ -28,11 +28,11 @@ Check = Callable[[], None]
 
 
 @contextmanager
-def shards(count: int, argv: Sequence[str]) -> Iterator[tuple[Place, Check]]:
+def shards(count: int, argv: Sequence[str]) -> Iterator[Check]:
     """Makes this process rank 0 of `count`, the others run the same words; they end with the block.
 
-    Gives its place, and a check that raises RanksError when one of them has ended. Raises UsageError, and RanksError
-    where one ended badly.
+    Gives a check that raises RanksError when one of them has ended. Raises UsageError, and RanksError where one ended
+    badly.
     """
     if any(name in os.environ for name in (RANK, RING_HOSTS)):
         raise UsageError(f"--shards starts ranks on this machine, but {RANK} says that this is one: leave it out")
@@ -52,7 +52,7 @@ def shards(count: int, argv: Sequence[str]) -> Iterator[tuple[Place, Check]]:
                 if (status := each.process.poll()) is not None:
                     raise RanksError(f"{each.name} ended with status {status}; what it said stands before this")
 
-        yield place, check
+        yield check
         until = time.monotonic() + _END_S
         statuses = {each.name: each.status(until - time.monotonic()) for each in processes}
     bad = [name for name, status in statuses.items() if status != 0]

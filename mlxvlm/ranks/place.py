@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from mlxvlm.errors import UsageError
 
@@ -61,6 +61,28 @@ class Member:
     def follows(self) -> bool:
         """Whether another rank leads."""
         return self.place.index > 0
+
+
+class _Limits(TypedDict, total=False):
+    timeout_s: float
+    start_timeout_s: float
+    stall_timeout_s: float
+
+
+class RankOptions(_Limits, total=False):
+    """Fields of Member, and host: where all reach rank 0, if not at its first address in the file of hosts."""
+
+    host: str | None
+
+
+def find_member(environ: Mapping[str, str], host: str | None = None, **limits: Unpack[_Limits]) -> Member | None:
+    """See find_place and RankOptions."""
+    place = find_place(environ)
+    if place is None:
+        return None
+    if place.leader is not None and host is not None:
+        place = replace(place, addresses=((host, place.leader[1]), *place.addresses[1:]))
+    return Member(place, **limits)
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:

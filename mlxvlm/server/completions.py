@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from mlxvlm.api.base import parse
 from mlxvlm.api.completions import CompletionAssembler, CompletionPlan, CompletionRequest, TextChoice, completion_plan
 from mlxvlm.api.naming import Blame
+from mlxvlm.processors.base import check_length
 from mlxvlm.server.connection import unless_gone
 from mlxvlm.server.doors import Doors
 from mlxvlm.server.models import LoadedModel
@@ -30,14 +31,23 @@ class Completions:
     async def _answer(self, body: CompletionRequest, scope: Scope, send: Send) -> None:
         doors = self._doors
         async with doors.models.acquire(body.model) as model:
-            engine, tokenizer = model.engine, model.engine.processor.tokenizer
-            plan = await asyncio.to_thread(
-                completion_plan, body, engine.config.sampling, tokenizer.encode_prompt, tokenizer.decode
-            )
-            async with doors.answering(model, plan.requests, Blame("prompt")) as answering:
+            blame = Blame("prompt")
+            with blame.laid():
+                plan = await asyncio.to_thread(_plan, body, model)
+            async with doors.answering(model, plan.requests, blame) as answering:
                 note = partial(doors.note_usage, scope, model.name)
                 reply = Reply(_assembler(body, plan, model), answering, note)
                 await reply.send(send, doors.patience.send_timeout_s, stream=bool(body.stream))
+
+
+def _plan(body: CompletionRequest, model: LoadedModel) -> CompletionPlan:
+    config, tokenizer = model.engine.config, model.engine.processor.tokenizer
+
+    def encode(text: str) -> list[int]:
+        check_length(text, tokenizer, config.max_context)
+        return tokenizer.encode_prompt(text)
+
+    return completion_plan(body, config.sampling, encode, tokenizer.decode)
 
 
 def _assembler(body: CompletionRequest, plan: CompletionPlan, model: LoadedModel) -> CompletionAssembler:

@@ -75,6 +75,8 @@ def _page(described: Mapping[str, Any]) -> Iterator[str]:
 def _section(method: str, path: str, each: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[str]:
     yield f'<section id="{escape(each["operationId"])}"><h2><code>{method.upper()} {escape(path)}</code></h2>'
     yield f"<p>{_text(each['summary'])}</p>"
+    if query := [given for given in each.get("parameters", ()) if given["in"] == "query"]:
+        yield from _fields({"properties": {given["name"]: given["schema"] for given in query}})
     if "requestBody" in each:
         name = _shape(each["requestBody"]["content"]["application/json"]["schema"])
         yield from _fields(schemas[name])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 from pydantic.json_schema import models_json_schema
 
 from mlxvlm import __version__
 from mlxvlm.api.answers import ChatCompletion, ChatCompletionChunk, ErrorBody, ModelCard, ModelList
-from mlxvlm.api.anthropic.answers import Message as AnthropicMessage
+from mlxvlm.api.anthropic import answers as anthropic
 from mlxvlm.api.anthropic.answers import MessagesErrorBody, TokenCount
 from mlxvlm.api.anthropic.request import CountTokensRequest, MessagesRequest
 from mlxvlm.api.completions import CompletionRequest, TextCompletion
@@ -25,8 +25,8 @@ from mlxvlm.api.operations import (
     TokenizeRequest,
     Tokens,
 )
+from mlxvlm.api.responses import answers as responses
 from mlxvlm.api.responses.answers import Deleted, ItemList
-from mlxvlm.api.responses.answers import Response as ResponseObject
 from mlxvlm.api.responses.request import ResponsesRequest
 from mlxvlm.api.schema import ChatCompletionRequest
 from mlxvlm.server.refusals import is_anthropics
@@ -45,11 +45,25 @@ _BODY_REFUSALS = {
 }
 _TOO_LATE = {"504": "The request's own time was over before there was anything of an answer."}
 _EVENTS = "Server-sent events: each `data:` is one of these as JSON, or an error; `data: [DONE]` is the last."
+_NAMED_EVENTS = "Server-sent events: each `data:` is one of these as JSON, with its type as `event:`."
+_PAGES: Mapping[str, Any] = {
+    "order": {"enum": ["asc", "desc"], "default": "desc"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+    "after": {"type": "string", "description": "The id of an item: those that follow it."},
+}
+
+
+class ResponseStreamEvent(RootModel[responses.Event]):
+    """One event of a streamed response."""
+
+
+class MessageStreamEvent(RootModel[anthropic.Event | MessagesErrorBody]):
+    """One event of a streamed message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One endpoint. text: the media type of an answer that is not JSON."""
+    """One endpoint. text: the media type of an answer that is not JSON. query: parameters, with their schemas."""
 
     method: Literal["get", "post", "delete"]
     path: str
@@ -58,6 +72,7 @@ class Operation:
     response: type[BaseModel] | None = None
     event: type[BaseModel] | None = None
     text: str | None = None
+    query: Mapping[str, Any] = field(default_factory=dict)
     is_open: bool = False  # also without the key
 
     @property
@@ -84,15 +99,22 @@ OPERATIONS = (
         TextCompletion,
     ),
     Operation(
-        "post", "/v1/responses", "OpenAI's Responses API: an answer that is kept.", ResponsesRequest, ResponseObject
+        "post",
+        "/v1/responses",
+        "OpenAI's Responses API: an answer that is kept.",
+        ResponsesRequest,
+        responses.Response,
+        ResponseStreamEvent,
     ),
-    Operation("get", "/v1/responses/{id}", "A kept response.", None, ResponseObject),
+    Operation("get", "/v1/responses/{id}", "A kept response.", None, responses.Response),
     Operation("delete", "/v1/responses/{id}", "Forgets a response.", None, Deleted),
     Operation(
-        "post", "/v1/responses/{id}/cancel", "Ends a response that is made in the background.", None, ResponseObject
+        "post", "/v1/responses/{id}/cancel", "Ends a response that is made in the background.", None, responses.Response
     ),
-    Operation("get", "/v1/responses/{id}/input_items", "What a response was asked.", None, ItemList),
-    Operation("post", "/v1/messages", "Anthropic's Messages API.", MessagesRequest, AnthropicMessage),
+    Operation("get", "/v1/responses/{id}/input_items", "What a response was asked.", None, ItemList, query=_PAGES),
+    Operation(
+        "post", "/v1/messages", "Anthropic's Messages API.", MessagesRequest, anthropic.Message, MessageStreamEvent
+    ),
     Operation("post", "/v1/messages/count_tokens", "The tokens of a prompt.", CountTokensRequest, TokenCount),
     Operation("get", "/v1/models", "The models that requests can name; `default` is the first.", None, ModelList),
     Operation("get", "/v1/models/{id}", "One of them.", None, ModelCard),
@@ -147,10 +169,10 @@ def _operation(each: Operation, known: dict[Any, Any], *, has_key: bool) -> dict
         "operationId": "_".join([each.method, *_words(each.path)]),
         "responses": {"200": {"description": "The answer.", "content": dict(_contents(each, known))}},
     }
-    if each.parameters:
-        found["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in each.parameters
-        ]
+    path = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in each.parameters]
+    query = [{"name": name, "in": "query", "schema": schema} for name, schema in each.query.items()]
+    if path or query:
+        found["parameters"] = path + query
     if each.request is not None:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": known[each.request]}}}
     refusals = _REFUSALS | (_BODY_REFUSALS if each.method == "post" or each.parameters else {})
@@ -174,7 +196,8 @@ def _contents(each: Operation, known: dict[Any, Any]) -> Iterator[tuple[str, Any
         yield "application/json", {"schema": known[each.response]}
     if each.event is not None:
         inside = {"contentMediaType": "application/json", "contentSchema": known[each.event]}
-        yield "text/event-stream", {"schema": {"type": "string", "description": _EVENTS, **inside}}
+        told = _NAMED_EVENTS if each.event in (ResponseStreamEvent, MessageStreamEvent) else _EVENTS
+        yield "text/event-stream", {"schema": {"type": "string", "description": told, **inside}}
     if each.text is not None:
         yield each.text, {"schema": {"type": "object" if each.text.endswith("json") else "string"}}
 

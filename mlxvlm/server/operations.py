@@ -60,12 +60,13 @@ class TokenRoutes:
             raise RequestError("a chat's special tokens are its template's: leave it out", "add_special_tokens")
         async with self._doors.models.acquire(body.model) as model:
             ids = await (self._of_text(body, model) if body.messages is None else self._of_chat(body, model))
-            tokenizer = model.engine.processor.tokenizer
+            token_bytes = model.engine.processor.tokenizer.token_bytes
+            texts = {token: token_bytes(token).decode("utf-8", "replace") for token in {*ids}}
             found = Tokens(
                 model=model.name,
                 count=len(ids),
                 tokens=list(ids),
-                texts=[tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids],
+                texts=[texts[token] for token in ids],
                 max_context=model.engine.config.max_context,
             )
         return json_reply(found)

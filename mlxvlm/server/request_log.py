@@ -16,12 +16,18 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxvlm.engine.request import Usage
+from mlxvlm.server.refusals import is_anthropics
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _SHOWN_CHARS = 200  # of a path
 _NO_ANSWER = 499  # nginx's: the client left before there was one
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 _log = logging.getLogger("mlxvlm.server.requests")
+
+
+def new_id() -> str:
+    """For a request that brings none."""
+    return f"req-{uuid.uuid4().hex}"
 
 
 class RequestLog:
@@ -49,7 +55,9 @@ class _Record:
     def __init__(self, scope: Scope) -> None:
         given = [value for key, value in scope["headers"] if key.lower() == b"x-request-id"]
         is_sane = len(given) == 1 and _SANE_ID.fullmatch(given[0])
-        self.id = given[0].decode("ascii") if is_sane else f"req-{uuid.uuid4().hex}"
+        self.id = given[0].decode("ascii") if is_sane else new_id()
+        names = (b"x-request-id", b"request-id") if is_anthropics(scope["path"]) else (b"x-request-id",)
+        self.headers = [(name, self.id.encode()) for name in names]  # where OpenAI's and Anthropic's clients look
         self.state: dict[str, Any] = scope.setdefault("state", {})
         self.state["request_id"] = self.id
         self.scope = scope
@@ -62,7 +70,7 @@ class _Record:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.id.encode())]}
+                message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
             await send(message)
             if message["type"] == "http.response.body":
                 if self.first_byte_s is None:

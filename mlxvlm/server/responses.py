@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from mlxvlm.agent.reader import is_json
 from mlxvlm.api.base import parse
 from mlxvlm.api.messages import ChatMessage
+from mlxvlm.api.naming import named
 from mlxvlm.api.responses.answers import Deleted, ItemList, OutputMessage, Response, ResponseError
 from mlxvlm.api.responses.assemble import ResponseAssembler
 from mlxvlm.api.responses.convert import NAMES, chat_request, turns_of
@@ -163,7 +164,9 @@ class Responses:
 
     def _asked(self, body: ResponsesRequest) -> _Asked:
         if body.background and body.stream:
-            raise RequestError("a response in the background is not streamed: ask for it by its id", "stream")
+            raise RequestError(
+                "a response in the background is not streamed: ask for it by its id", "stream", "unsupported_parameter"
+            )
         if body.background and body.store is False:
             raise RequestError("a response in the background must be stored", "store")
         name = body.previous_response_id
@@ -210,10 +213,13 @@ class Responses:
             self._store.put(asked.kept(response))
 
     def _start(self, asked: _Asked) -> Response:
-        """A response that is made in the background."""
+        """A response that is made in the background. What is wrong without its model being loaded is told at once."""
+        name = self._doors.models.resolve(asked.chat.model)
+        with named(NAMES):
+            self._doors.tools.check(asked.chat)
         if len(self._running) >= MAX_BACKGROUND:
             raise OverloadedError(f"{MAX_BACKGROUND} responses are being made in the background: try again later")
-        response = response_of(asked.body, asked.body.model)
+        response = response_of(asked.body, name)
         self._store.put(asked.kept(response))
         if response.id not in self._store:
             raise RequestError("the request is too large to be kept: send it without background", "background")

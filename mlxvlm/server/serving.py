@@ -23,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mlxvlm.errors import EngineClosedError, UsageError
 from mlxvlm.server.refusals import SHUTTING_DOWN, error_body, send_error
 from mlxvlm.server.registry import Registry
+from mlxvlm.server.request_log import new_id
 from mlxvlm.server.settings import ServerSettings
 
 _BACKLOG = 128  # connections that wait to be accepted; macOS takes no more
@@ -222,9 +223,11 @@ class _Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        body = error_body("the request is not valid HTTP")
+        body, name = error_body("the request is not valid HTTP"), new_id()
+        _log.info("a request is not valid HTTP", extra={"request_id": name})
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        response = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request")
+        headers += [(b"x-request-id", name.encode()), (b"connection", b"close")]
+        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

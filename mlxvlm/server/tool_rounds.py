@@ -38,16 +38,20 @@ class ServerTools:
     mcp: tuple[BoundTool, ...] = ()
     max_rounds: int = MAX_ROUNDS
 
-    def offered(self, body: ChatCompletionRequest, model: LoadedModel) -> Offered:
-        """What one request gets. Raises RequestError where it asks for a search that there is not."""
-        wanted = body.web_search_options
-        if wanted is not None and self.search is None:
+    def check(self, body: ChatCompletionRequest) -> None:
+        """Raises RequestError where a request asks for a search that there is not."""
+        if body.web_search_options is not None and self.search is None:
             raise RequestError(
                 "this server was started without web search: start it with --enable-search, or leave "
                 "web_search_options out",
                 "web_search_options",
                 "unsupported_parameter",
             )
+
+    def offered(self, body: ChatCompletionRequest, model: LoadedModel) -> Offered:
+        """What one request gets. Raises what check() raises."""
+        self.check(body)
+        wanted = body.web_search_options
         options = None if wanted is None else SearchOptions.from_openai(wanted.model_dump(exclude_none=True))
         # A form binds the whole answer: tools that the request did not ask for must not be in its way.
         is_bound = body.grammar is not None or (

@@ -108,6 +108,8 @@ CASES: dict[tuple[str, str], list[str | Found]] = {
     ("hermes", '<tool_call>[{"name": "f"},{"name": "f"}]</tool_call>'): [F, F],
     ("hermes", '<tool_call>{"name": "f"}'): [F],
     ("hermes", '<tool_call>{"name": "f"} <tool'): [F, " <tool"],
+    ("hermes", '<tool_call>{"name": "f"}\n</tool'): [F],
+    ("llama4", '<|python_start|>{"name": "f"}<|pyth'): [F],
     ("hermes", '<tool_call>{"name": "f"<tool_call>{"name": "f"}'): ['<tool_call>{"name": "f"', F],
     ("hermes", '{"name": "f"}'): ['{"name": "f"}'],
     ("hermes", "a < b, <tool_calls>, </tool_call>"): ["a < b, <tool_calls>, </tool_call>"],
@@ -173,7 +175,7 @@ def test_under_a_grammar_arguments_grow() -> None:
     assert whole(pieces) == [("f", '{"a": [12]}')]
 
 
-@pytest.mark.parametrize("cut", range(1, 70))
+@pytest.mark.parametrize("cut", range(1, 86))
 def test_under_a_grammar_a_cut_answer_gives_what_there_is(cut: int) -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {"a": [-12.5e3, true, "\\u00e9"]}}\n</tool_call>'[:cut]
     found = read("hermes", text, constrained=True)

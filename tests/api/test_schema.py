@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxvlm.agent.web_search import MAX_PLACE_CHARS, SearchOptions
 from mlxvlm.api.base import MAX_FIELDS, REFUSED_FIELDS, parse
+from mlxvlm.api.describing import type_of
 from mlxvlm.api.schema import IGNORED_FIELDS, ChatCompletionRequest
 from mlxvlm.errors import RequestError
 
@@ -220,3 +222,25 @@ def test_what_an_error_repeats_is_short() -> None:
     for _ in range(5000):
         deep = [deep]
     assert len(str(refused(stop=deep))) < 500
+
+
+def test_types_in_a_few_words() -> None:
+    ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 2000}
+    lists = {"type": "array", "items": ids, "maxItems": 9}
+    assert type_of({"anyOf": [{"type": "string"}, lists, {"type": "null"}]}) == (
+        "string or list of at most 9 lists of at most 2,000 integers from 0"
+    )
+    assert type_of({"type": "array", "items": {"enum": ["a", "b"]}}) == "list of `a`, `b`"
+
+
+@pytest.mark.parametrize("length", [MAX_PLACE_CHARS, MAX_PLACE_CHARS + 1])
+def test_a_place_is_as_short_as_a_search_takes_it(length: int) -> None:
+    location = {"type": "approximate", "approximate": {"city": "a" * length}}
+    if length > MAX_PLACE_CHARS:
+        with pytest.raises(RequestError) as caught:
+            parse(ChatCompletionRequest, {"messages": [USER], "web_search_options": {"user_location": location}})
+        assert caught.value.param == "web_search_options.user_location.approximate.city"
+    else:
+        body = parse(ChatCompletionRequest, {"messages": [USER], "web_search_options": {"user_location": location}})
+        assert body.web_search_options is not None
+        SearchOptions.from_openai(body.web_search_options.model_dump(exclude_none=True))

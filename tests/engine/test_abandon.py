@@ -152,6 +152,7 @@ def test_a_loss_reaches_the_requests() -> None:
     with ranked(ranks, stuck) as engine:
         stream = engine.submit(ask([1, 2, 3]))
         assert stuck.entered.wait(60)
+        assert ranks.calls[-1] is False  # the very first tick is busy already
         ranks.on_loss(LOSS)
         with pytest.raises(RanksError, match="rank 1 of 2 was lost"):
             stream.result()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlxvlm
-from mlxvlm.errors import InputError, ModelError
+from mlxvlm.errors import ContextLengthError, InputError, ModelError
+from mlxvlm.processors.base import check_length
 from mlxvlm.processors.chat_template import ChatTemplate
 from mlxvlm.processors.tokenizer import Tokenizer
 from tests.processors.checkpoints import BOS, byte_tokenizer
 
 BYTES = 256
+PIECE = 1 << 16  # characters that check_length reads at a time
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
 
@@ -249,3 +253,57 @@ def test_the_bytes_of_sentence_pieces() -> None:
     tokenizer = Tokenizer(backend, {})
     tokenizer.add_special("<s>")
     assert [tokenizer.token_bytes(token_id) for token_id in range(1, 5)] == [b" the", b"n", b"\xe9", b"<s>"]
+
+
+@given(st.text(max_size=200), st.booleans())
+def test_ids_are_those_of_the_library_s_plain_way(text: str, adds: bool) -> None:
+    backend = byte_tokenizer()
+    found = Tokenizer(backend, {}).encode(text, add_special_tokens=adds)
+    assert found == backend.encode(text, add_special_tokens=adds).ids
+
+
+def test_a_long_text_does_not_stop_other_threads() -> None:
+    tokenizer, counts, ended = Tokenizer(byte_tokenizer(), {}), [0], threading.Event()
+
+    def count() -> None:
+        while not ended.wait(1e-3):
+            counts[0] += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    text, interval = "some words, " * 40_000, sys.getswitchinterval()
+    sys.setswitchinterval(60)  # Python's lock goes to others only where it is given away
+    try:
+        before = counts[0]
+        tokenizer.encode(text, add_special_tokens=False)
+        assert counts[0] > before, "nobody else ran"
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+
+
+class Reading:
+    """A tokenizer of one token a character, or none, which counts what it reads."""
+
+    def __init__(self, *, takes: bool = True) -> None:
+        self.takes, self.num_read = takes, 0
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        self.num_read += len(text)
+        return [0] * len(text) if self.takes else []
+
+
+def test_a_text_that_can_t_fit_is_refused_before_it_is_read_to_its_end() -> None:
+    reading: Any = Reading()
+    with pytest.raises(ContextLengthError, match="the prompt has 1,000,000 characters"):
+        check_length("a" * 1_000_000, reading, 20_000)
+    assert reading.num_read == 2 * PIECE
+
+
+@pytest.mark.parametrize(("length", "takes"), [(PIECE, True), (400, True), (4 * PIECE, False)])
+def test_a_text_that_may_fit(length: int, takes: bool) -> None:
+    """Short for its context, or made of what the tokenizer passes over."""
+    reading: Any = Reading(takes=takes)
+    check_length("a" * length, reading, 100)
+    assert reading.num_read == (0 if length <= PIECE else length)

@@ -267,8 +267,13 @@ def test_a_failure_of_rank_0_waits_for_the_loss_behind_it() -> None:
 
 def test_a_failure_of_rank_0_of_its_own() -> None:
     told: list[str] = []
+
+    def slowly(text: str) -> None:
+        time.sleep(0.1)
+        told.append(text)
+
     with leading(2) as (link, peers, ends):
-        link.on_loss = told.append
+        link.on_loss = slowly
         link.fail("out of memory")
         assert told == ["rank 0 of 2 failed: out of memory"]
         assert peers[0].next() == {"lost": told[0]}
@@ -284,6 +289,39 @@ def test_a_failure_at_load_is_told() -> None:
         link.close("no such file")
         assert peers[0] is not None
         assert not ends.came.is_set()
+
+
+def test_the_end_waits_until_all_are_done() -> None:
+    with leading(3) as (link, peers, _):
+        closing = threading.Thread(target=link.close)
+        closing.start()
+        assert [peer.next() for peer in peers] == [None, None]
+        peers[0].send("done")
+        closing.join(0.2)
+        assert closing.is_alive()
+        peers[1].send("done")
+        closing.join(30)
+        assert not closing.is_alive()
+
+
+def test_the_end_waits_for_nobody_who_is_lost() -> None:
+    with leading(2) as (link, peers, ends):
+        peers[0].connection.close()
+        link.close()
+        assert ends.texts in ([], ["rank 1 of 2 was lost: the connection was closed"])
+
+
+def test_last_words_are_sent_before_the_end() -> None:
+    with following() as (wire, peer, _):
+        big = {"text": "x" * 4_000_000}  # more than a socket's buffer
+        wire.ready(big)
+        failing = threading.Thread(target=wire.failed, args=("no such file",))
+        failing.start()
+        failing.join(0.2)
+        assert failing.is_alive()
+        assert peer.next() == {"ready": big}
+        failing.join(30)
+        assert peer.next() == {"failed": "no such file"}
 
 
 def test_waiting_for_reports_can_be_ended() -> None:

@@ -66,6 +66,15 @@ def test_ctrl_c_ends_all(tmp_path: Path) -> None:
         assert process.errors == []
 
 
+def test_ctrl_c_that_all_ranks_get(tmp_path: Path) -> None:
+    with ranks(tmp_path, 2, ("serve", "-m", "demo", "--port", "0")) as started:
+        started[0].wait_for("mlxvlm: demo at ")
+        for each in reversed(started):
+            each.popen.send_signal(signal.SIGINT)
+        assert [each.status() for each in started] == [0, 0], started[1].said
+        assert started[0].errors == started[1].errors == []
+
+
 def test_ctrl_c_while_they_load(tmp_path: Path) -> None:
     with alone(tmp_path, "run", "-m", "demo", "--shards", "2", "hello") as process:
         while not process.shards():
@@ -93,7 +102,7 @@ def test_a_shard_that_fails_ends_all(tmp_path: Path) -> None:
 
 def test_a_shards_words_have_its_number(capfd: pytest.CaptureFixture[str]) -> None:
     def failing() -> None:
-        with launch.shards(2, ["models", "--no-such-flag"]) as (_, check):
+        with launch.shards(2, ["models", "--no-such-flag"]) as check:
             for _ in iter(int, 1):
                 check()
 

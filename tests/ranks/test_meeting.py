@@ -211,3 +211,11 @@ def test_a_port_that_connects_to_itself_is_nobody(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout: Mirror())
     party.start(1, deadline_s=SHORT_S)
     assert "nothing listens there" in party.end()[1]
+
+
+def test_what_follows_a_message_stays_for_the_next() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(encode({"token": "1"}) + encode({"ready": {}}))
+        assert first_message(ours, time.monotonic() + 30, nothing) == {"token": "1"}
+        assert first_message(ours, time.monotonic() + 30, nothing) == {"ready": {}}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxvlm.errors import UsageError
-from mlxvlm.ranks.place import Member, Place, find_place
+from mlxvlm.ranks.place import Member, Place, find_member, find_place
 
 
 def ring(tmp_path: Path, hosts: Any, rank: str = "0") -> dict[str, str]:
@@ -44,6 +44,18 @@ def test_jaccl_wins_over_a_ring(tmp_path: Path) -> None:
     place = find_place({**ring(tmp_path, [["1.1.1.1:1"], ["1.1.1.2:1"], ["1.1.1.3:1"]], "1"), **given})
     assert place == Place(1, 2, "jaccl", (("10.0.0.1", 32323), None))
     assert (place.name(), place.name(0)) == ("rank 1 of 2", "rank 0 of 2 (10.0.0.1)")
+
+
+def test_rank_0_is_reached_elsewhere(tmp_path: Path) -> None:
+    given = ring(tmp_path, [["10.0.0.1:5000"], ["10.0.0.2:5001"]], "1")
+    member = find_member(given, host="mac1.local", timeout_s=7)
+    assert member is not None
+    assert member.place == Place(1, 2, "ring", (("mac1.local", 5000), ("10.0.0.2", 5001)))
+    assert (member.timeout_s, member.start_timeout_s, member.stall_timeout_s) == (7, 60, 120)
+    assert find_member({}, host="mac1.local") is None
+    member = find_member({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, host="mac1.local")
+    assert member is not None
+    assert member.place == Place(0, 2, "mpi")
 
 
 def test_mpi_tells_no_address() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import pytest
@@ -20,6 +20,7 @@ from mlxvlm.models.shares import Rank
 from mlxvlm.ranks.follower import FollowerRows, follow
 from mlxvlm.ranks.leader import LeaderRows
 from mlxvlm.ranks.shard import Shard
+from tests.fakes import eventually, is_empty
 from tests.golden import GOLDENS, Case
 from tests.ranks.program import KEPT, ROWS
 from tests.test_schedules import BLOCK, Row, Setting, Watched
@@ -28,8 +29,10 @@ FAMILIES = ("llama4_norms", "mllama_tiles", "qwen2_vl_window")
 
 
 def shard_of(case: Case, index: int) -> Shard:
-    """All of a model; a group of one adds nothing to what it has."""
-    return Shard(case.build(), Rank(index, 2), mx.distributed.init())
+    """All of a model; a group of one adds nothing to what it has, but would gather too few logits."""
+    shard = Shard(case.build(), Rank(index, 2), mx.distributed.init())
+    shard._has_head = False
+    return shard
 
 
 class Recorded(Alone):
@@ -46,42 +49,63 @@ class Recorded(Alone):
         self.messages.append(json.loads(json.dumps(message)))  # as it would arrive
 
 
+class Both(NamedTuple):
+    """An engine, what it tells, and rows that follow it."""
+
+    setting: Setting
+    ranks: Recorded
+    theirs: FollowerRows
+
+    def follow(self) -> None:
+        """Does what was told since the last time, when all answers have ended."""
+        assert eventually(lambda: is_empty(self.setting.engine))
+        messages = list(self.ranks.messages)
+        del self.ranks.messages[: len(messages)]
+        follow(self.theirs, messages)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
-def recorded(request: pytest.FixtureRequest) -> Iterator[tuple[Setting, Recorded]]:
+def both(request: pytest.FixtureRequest) -> Iterator[Both]:
     case, ranks, watched = Case(GOLDENS / request.param), Recorded(), []
 
     def build(progress: Any) -> VisionLanguageModel:
         watched.append(Watched(shard_of(case, 0)))
-        watched[0]._model._has_head = False  # a gathering from one rank would lack the other's part
         return watched[0]
 
-    source = case.open()
-    config = EngineConfig(source.max_context, frozenset(), prefill_chunk_while_decoding=64, prefix_block_tokens=BLOCK)
+    source, model = case.open(), shard_of(case, 1)
+    config = EngineConfig(
+        source.max_context,
+        frozenset(),
+        prefill_chunk_while_decoding=64,
+        prefix_block_tokens=BLOCK,
+        speculation="on",
+        max_draft_tokens=3,
+    )
     prompts = {name: source.processor(case.messages(name), case.template) for name in case.scenarios}
     with Engine(build, source.processor, config, ranks=ranks) as engine:
-        yield Setting(case, engine, watched[0], prompts, {}), ranks
+        yield Both(Setting(case, engine, watched[0], prompts, {}), ranks, FollowerRows(model, model.kv_specs))
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(ROWS, min_size=2, max_size=6), kept=KEPT)
-def test_who_follows_has_the_same_rows(
-    recorded: tuple[Setting, Recorded], rows: list[Row], kept: tuple[int, int]
-) -> None:
-    setting, ranks = recorded
-    setting.keep(*kept)
-    setting.check(rows)
-    model = shard_of(setting.case, 1)
-    model._has_head = False
-    theirs, messages = FollowerRows(model, model.kv_specs), list(ranks.messages)
-    follow(theirs, messages)
-    kept_here = {block.number for block in setting.engine._runner.prefixes._blocks.values()}
-    assert set(theirs._blocks) == kept_here | set(ranks.held._unused)
-    assert theirs.batch.owners == ranks.held.batch.owners
-    assert theirs._lengths == ranks.held._lengths
-    for held in (theirs, ranks.held):
+def test_who_follows_has_the_same_rows(both: Both, rows: list[Row], kept: tuple[int, int]) -> None:
+    both.setting.keep(*kept)
+    both.setting.check(rows)
+    both.follow()
+    theirs, ours = both.theirs, both.ranks.held
+    prefixes = both.setting.engine._runner.prefixes
+    assert {block.number for block in prefixes._blocks.values()} <= set(theirs._blocks)
+    assert theirs.batch.owners == ours.batch.owners
+    assert theirs._lengths == ours._lengths
+    for held in (theirs, ours):
         assert not held._alone
         assert not held._prompts
         assert not held._states
+    # Nothing is kept for good: the next row tells of what is dropped.
+    both.setting.keep(0, 0)
+    both.setting.check([Row(0, "text_only", 2)])
+    both.follow()
+    assert not theirs._blocks
 
 
 def following() -> FollowerRows:

@@ -7,12 +7,14 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 from hypothesis import strategies as st
 from PIL import Image
 
 from mlxvlm.api.schema import ChatCompletionRequest
+from mlxvlm.server.openapi import OPERATIONS, document
 
 Json = Any
 FIELDS = sorted(ChatCompletionRequest.model_fields)
@@ -74,6 +76,40 @@ def wrong_json(draw: st.DrawFn) -> bytes:
     if kind == 0:
         return good[:place] + piece + good[place:]
     return good[:place] + piece if kind == 1 else b'{"top_p":' + piece + b"," + good[1:]
+
+
+# Of answers that a document's fields don't keep short.
+_LIMITS = {
+    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",),
+}
+# Those that take bodies, but for those that end what runs beside.
+PATHS = tuple(
+    each.path for each in OPERATIONS if each.request and each.path != "/re_isq" and not each.path.endswith("load")
+)
+
+
+def of_document(path: str, *, valid: bool) -> st.SearchStrategy[bytes]:
+    """Bodies that the OpenAPI document allows, or forbids."""
+    import schemathesis
+
+    mode = schemathesis.GenerationMode.POSITIVE if valid else schemathesis.GenerationMode.NEGATIVE
+    operation = schemathesis.openapi.from_dict(document(has_key=False))[path]["POST"]
+
+    def encoded(case: Any) -> bytes:
+        if not isinstance(case.body, Mapping):
+            return case.body if isinstance(case.body, bytes) else json.dumps(case.body).encode()
+        limits = dict.fromkeys(_LIMITS.get(path, ()) if valid else (), 2)
+        return json.dumps({**case.body, **limits}).encode()
+
+    # What it leaves out altogether is no body.
+    return (
+        operation.as_strategy(generation_mode=mode)
+        .filter(lambda case: type(case.body).__name__ != "NotSet")
+        .map(encoded)
+    )
 
 
 def grammar_bodies() -> list[Json]:

@@ -10,10 +10,13 @@ import openai
 import pytest
 
 from mlxvlm.agent.formats import tool_format
+from mlxvlm.agent.loop import BoundTool
 from mlxvlm.agent.reader import is_json
+from mlxvlm.agent.tools import Tool
 from mlxvlm.engine.engine import Engine
 from mlxvlm.server.app import create_app
 from mlxvlm.server.models import SingleModel
+from mlxvlm.server.tool_rounds import ServerTools
 from tests.server.serving import client_of, serving
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
@@ -101,3 +104,17 @@ def test_in_messages(url: str) -> None:
     assert (final.stop_reason, use.type) == ("max_tokens", "tool_use")
     assert written
     assert block.text.endswith(written), "nothing of it is lost"
+
+
+def test_of_a_tool_that_the_server_answers(demo_engine: Engine) -> None:
+    """Nobody is told of such a call as it grows: cut off, it is text in a stream too."""
+    format = tool_format(demo_engine.processor.template, demo_engine.processor.tokenizer)
+    tools = ServerTools(mcp=(BoundTool(Tool("paint", "Paints.", SCHEMA), lambda arguments: "Done."),))
+    fields: Any = {"model": "demo", "messages": HELLO, "max_tokens": 42}
+    fields["tool_choice"] = {"type": "function", "function": {"name": "paint"}}
+    with serving(create_app(SingleModel("demo", demo_engine, format), tools=tools)) as url, client_of(url) as client:
+        [choice] = client.chat.completions.create(**fields).choices
+        chunks: list[Any] = [*client.chat.completions.create(**fields, stream=True)]
+    assert choice.finish_reason == "length"
+    assert '"name": "paint"' in str(choice.message.content)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content

@@ -10,8 +10,6 @@ import h11
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from mlxvlm.errors import ContextLengthError
-from mlxvlm.processors.base import check_length
 from mlxvlm.server import local_files
 from mlxvlm.server.capacity import Capacity
 from mlxvlm.server.serving import _Connection
@@ -70,12 +68,6 @@ def test_what_is_no_http_after_an_answer_only_closes() -> None:
     connection.conn.send(h11.EndOfMessage())
     connection.send_400_response("")  # h11 would raise
     assert connection.transport.aborted
-
-
-def test_a_text_that_fits_in_no_case_is_refused() -> None:
-    check_length("a" * 4000, 10, 100)
-    with pytest.raises(ContextLengthError, match="4,001 characters"):
-        check_length("a" * 4001, 10, 100)
 
 
 def test_a_kernel_s_file_with_nothing_to_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -148,6 +148,12 @@ def test_refusals_name_the_field(client: openai.OpenAI, fields: dict[str, Any], 
     assert caught.value.param == param
 
 
+def test_a_text_that_can_t_fit_is_not_read_to_its_end(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="the prompt has 1,000,000 characters") as caught:
+        create(client, "word " * 200_000)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+
+
 def test_a_prompt_of_nothing() -> None:
     body = parse(CompletionRequest, {"prompt": ""})
     with pytest.raises(RequestError, match="empty") as caught:

@@ -214,6 +214,7 @@ def test_tokens_are_counted(client: anthropic.Anthropic, messages: Any) -> None:
         ({"messages": shown({**IMAGE, "source": {"type": "file", "file_id": "x"}})}, "file"),
         ({"messages": shown({**IMAGE, "source": {**IMAGE["source"], "data": "AAAA"}})}, "picture"),
         ({"messages": shown(text("la " * 4000))}, "context"),
+        ({"messages": HELLO * 1025}, "more than 1024 parts"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from mlxvlm.api.operations import DetokenizeRequest
 from mlxvlm.server import docs_page
-from mlxvlm.server.openapi import OPERATIONS, document
+from mlxvlm.server.openapi import OPERATIONS, Operation, document
 from mlxvlm.server.registry import ModelSpec
 from mlxvlm.server.settings import ServerSettings
 from tests.server.loaders import FakeLoader
@@ -187,3 +187,30 @@ def test_texts_can_not_become_tags() -> None:
     described["paths"]["/health"]["get"]["summary"] = "<script>`<b>`"
     described["components"]["schemas"]["Health"]["description"] = "</pre><script>"
     assert "script" not in Page(docs_page.html(described)).tags
+
+
+@pytest.mark.parametrize("each", [each for each in OPERATIONS if "stream" in getattr(each.request, "model_fields", {})])
+def test_what_is_streamed_is_told(each: Operation, demo_url: str) -> None:
+    told = document(has_key=False)["paths"][each.path][each.method]["responses"]
+    assert "text/event-stream" in told["200"]["content"]
+    assert "504" in told
+    assert each.event is not None
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}], "input": "Hello!", "prompt": "Hello"}
+    limits = {"max_tokens": 2, "max_output_tokens": 2, "model": "demo"}
+    body = {name: value for name, value in (asked | limits).items() if name in each.request.model_fields}  # type: ignore[union-attr]
+    reply = httpx2.post(demo_url + each.path, json={**body, "stream": True}, trust_env=False, timeout=60)
+    events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+    assert len(events) > 1
+    for event in events:
+        read = each.event.model_validate_json(event)
+        assert json.loads(read.model_dump_json()) == json.loads(event), "nothing of it is unknown"
+
+
+def test_parameters_of_a_query_are_told(demo_url: str) -> None:
+    made = httpx2.post(f"{demo_url}/v1/responses", json={"input": "a", "max_output_tokens": 1}, trust_env=False).json()
+    [told] = [each.query for each in OPERATIONS if each.path.endswith("/input_items")]
+    assert told.keys() == {"order", "limit", "after"}
+    most, asked = told["limit"]["maximum"], f"{demo_url}/v1/responses/{made['id']}/input_items"
+    for limit, status in ((most, 200), (most + 1, 400), (told["limit"]["minimum"] - 1, 400)):
+        assert httpx2.get(asked, params={"limit": limit}, trust_env=False).status_code == status
+    assert "<code>limit</code>" in docs_page.html(document(has_key=False))

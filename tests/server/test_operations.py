@@ -59,6 +59,7 @@ def test_special_tokens_are_named_only_if_asked(demo_url: str) -> None:
         ("/tokenize", {"messages": look("a"), "add_special_tokens": True}, "add_special_tokens"),
         ("/tokenize", {"messages": [{"role": "wizard", "content": "b"}]}, "messages[0]"),
         ("/tokenize", {"text": "a", "content": "b"}, "content"),
+        ("/tokenize", {"text": "a" * ((1 << 20) + 1)}, "text"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [1 << 31]}, "tokens[0]"),

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,6 +25,7 @@ from mlxvlm.server.guard import Guard
 from mlxvlm.server.request_log import JsonFormat, RequestLog, TextFormat, configure_logging, note_usage, request_id
 from mlxvlm.server.settings import ServerSettings
 from tests.server.asgi import Headers, Reply, ask, fetch, scope_of
+from tests.server.whole import whole
 
 USAGE = Usage(7, 5, 3, 0.1, 0.2, 0.3, 0.25, 0.6, cached_tokens=2)
 _log = logging.getLogger("mlxvlm.server.test")
@@ -181,3 +186,41 @@ def test_tracebacks() -> None:
         record = logging.LogRecord("a", logging.ERROR, "", 1, "it failed", (), __import__("sys").exc_info())
     assert "ZeroDivisionError" in json.loads(JsonFormat().format(record))["traceback"]
     assert "ZeroDivisionError" in TextFormat().format(record)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with whole() as server:
+        yield server.url
+
+
+def test_ids_are_where_the_official_clients_look(url: str) -> None:
+    hello: list[Any] = [{"role": "user", "content": "Hello!"}]
+    with openai.OpenAI(api_key="EMPTY", base_url=f"{url}/v1", max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model="demo", messages=hello, max_tokens=1, extra_headers={"x-request-id": "mine"}
+        )
+        assert answer._request_id == "mine"
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.chat.completions.create(model="none", messages=hello)
+        assert str(caught.value.request_id).startswith("req-")
+    with anthropic.Anthropic(api_key="EMPTY", base_url=url, max_retries=0) as other:
+        message = other.messages.create(
+            model="demo", messages=hello, max_tokens=1, extra_headers={"x-request-id": "mine"}
+        )
+        assert message._request_id == "mine"
+        with pytest.raises(anthropic.NotFoundError) as missing:
+            other.messages.create(model="none", messages=hello, max_tokens=1)
+        assert str(missing.value.request_id).startswith("req-")
+
+
+def test_what_is_no_http_has_one_too(url: str, caplog: Records) -> None:
+    port = int(url.rpartition(":")[2])
+    with (
+        caplog.at_level(logging.INFO, logger="mlxvlm.server"),
+        socket.create_connection(("127.0.0.1", port), 30) as connection,
+    ):
+        connection.sendall(b"not at all\r\n\r\n")
+        reply = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    [name] = re.findall(r"^x-request-id: (req-\w+)\r$", reply, re.MULTILINE)
+    assert name in {getattr(record, "request_id", None) for record in caplog.records}

@@ -272,6 +272,9 @@ def test_in_the_background(client: openai.OpenAI) -> None:
     assert client.responses.cancel(begun.id) == done
     with pytest.raises(openai.BadRequestError):
         client.responses.cancel(whole.id)
+    for wrong, words in (({"model": "none"}, "no model"), ({"tools": [{"type": "web_search"}]}, "leave tools out")):
+        with pytest.raises(openai.APIStatusError, match=words):
+            client.responses.create(**{"model": "demo", "input": "a", "background": True, **wrong})  # type: ignore[call-overload]
     failed = ask(client, shown(Path(__file__)), background=True)
     assert eventually(lambda: client.responses.retrieve(failed.id).status == "failed")
     assert client.responses.retrieve(failed.id).error.code == "invalid_image"
