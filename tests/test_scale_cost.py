@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -108,6 +110,27 @@ def test_nothing_is_sent_alone() -> None:
         assert mx.distributed.all_sum(given) is given
         assert mx.distributed.all_gather(given).tolist() == [0, 1, 2, 0, 1, 2]
     assert messages == [Message("sum", 12), Message("gather", 12)]
+
+
+def test_what_the_bench_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row's chunks and steps are told apart by size; a ratio is measured over predicted."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    bench = importlib.import_module("bench_ranks")
+    args = argparse.Namespace(tokens=64, steps=5, rounds=2)
+    shape = bench.Shape(3, 128, 1000, True, 4)
+    built = bench.Message("sum", 64 * 128 * 4)
+    messages = ([*shape.chunk(64), built, built] * 3) + shape.step(1, 2) * 6
+    link = bench.fitted("", 2, (512, 1e-3), (32768, 5e-3))
+    found = {
+        "messages": messages,
+        "alone": {size: {"sum": each, "gather": 0.0} for size, each in ((512, 1e-3), (32768, 5e-3), (2000, 0.0))},
+        **{who: {"step": [0.2, 0.1], "chunk": [0.4, 0.3]} for who in ("one", "share", "untold", "real")},
+    }
+    figures = bench.report(found, shape, 2, args)
+    for name, sent, least in (("step", shape.step(1, 2), 0.1), ("chunk", shape.chunk(64), 0.3)):
+        assert figures[name]["is_formula"]
+        assert (figures[name]["messages"], figures[name]["bytes"]) == (len(sent), sum(each.nbytes for each in sent))
+        assert figures[name]["ratio"] == pytest.approx(least / (least + bench.seconds(sent, link, 2)))
 
 
 def test_the_tables(tmp_path: Path) -> None:
