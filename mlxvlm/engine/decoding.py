@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from mlxvlm.engine.constraints import Constraints
 from mlxvlm.engine.drafts import Speculation
-from mlxvlm.engine.failures import failure_of
 from mlxvlm.engine.runner import ModelRunner, Step
 from mlxvlm.engine.sampler import Result, read
 from mlxvlm.engine.sequence import Sequence
@@ -69,7 +68,8 @@ class Decoding:
                 return
         previous, rows = self.pending, self._in_batch(decoding)
         self.pending = None
-        if rows and failure_of(partial(self._launch, rows, previous)):
+        # Whose failure it is comes out below; that there was one may matter to other ranks at once.
+        if rows and not self._ends.guarded([], partial(self._launch, rows, previous)):
             self._launch_without_culprits(rows, previous)
         self._retire()
         if previous is not None:
@@ -99,7 +99,7 @@ class Decoding:
         """Whether there were guesses. If their pass can't be started, an ordinary step tells whose error it is."""
         drafts = self._speculation.drafts(rows)
         started: list[Verification] = []
-        if not drafts or failure_of(lambda: started.append(self._runner.verify(rows, drafts))):
+        if not drafts or not self._ends.guarded([], lambda: started.append(self._runner.verify(rows, drafts))):
             return False
         self._counts.steps += 1
         return self._ends.guarded(rows, partial(self._check, started.pop())) or True

@@ -13,7 +13,7 @@ from mlxvlm.errors import RanksError
 from mlxvlm.models.base import Inputs, KVSpec
 from mlxvlm.ranks.shard import Shard
 
-_ALIKE = ("fill", "join", "order", "commit", "attempt", "drop")  # which need nothing but what was told
+_ALIKE = ("fill", "join", "order", "commit", "drop")  # which need nothing but what was told
 
 
 class FollowerRows(Rows):
@@ -37,6 +37,8 @@ class FollowerRows(Rows):
             if lengths != self._lengths:
                 raise RanksError(f"rank {self._shard.rank.index} has rows of {self._lengths} tokens, not {lengths}")
             self.run(mx.zeros(shape, mx.uint32), places)
+        elif name == "attempt":
+            self.attempt(*args, mx.zeros((1, 1), mx.uint32))
         elif name == "copy":
             owner, start, end, number = args
             self._blocks[number] = self.copy(owner, start, end)

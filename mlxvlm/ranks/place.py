@@ -101,7 +101,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
             "mlx.launch --backend ring or jaccl"
         )
     hosts = _list(environ, RING_HOSTS)
-    if len(hosts) <= 1:
+    if len(hosts) <= 1 and index == 0:
         return None  # mlx.launch with one host
     return _checked(Place(index, len(hosts), "ring", tuple(_first(host, environ[RING_HOSTS]) for host in hosts)))
 

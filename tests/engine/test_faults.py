@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.request import Request
+from mlxvlm.engine.rows import Alone
 from mlxvlm.engine.stream import Stream
 from mlxvlm.errors import InternalError, MlxvlmError
 from mlxvlm.messages import Message, TextPart
@@ -299,3 +300,37 @@ def check(event: Event, stream: Stream) -> None:
         assert len(found) == event.count or event.kind == "cancel"
         return
     assert is_fault or "memory budget" in message
+
+
+class Doubting(Alone):
+    """Ranks that note what they are told of."""
+
+    def __init__(self) -> None:
+        self.doubted: list[str] = []
+
+    def doubt(self, failure: MlxvlmError) -> None:
+        self.doubted.append(str(failure))
+
+
+class Hiccup(FakeModel):
+    """A device that fails once, when the batch is at its third step."""
+
+    steps = 0
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        self.steps += 1
+        if self.steps == 3:
+            raise RuntimeError("out of memory")
+        return super().logits(hidden)
+
+
+@pytest.mark.parametrize("speculation", ["off", "on"])
+def test_other_ranks_are_told_of_a_failure_that_goes_away(speculation: str) -> None:
+    ids = [1, 2, 1, 2, 1, 2]
+    with fake_engine(speculation="off") as engine:
+        expected = ids_of(engine.generate(ask(ids, 12)))
+    ranks = Doubting()
+    config = EngineConfig(4096, frozenset(), prefix_cache_bytes=0, feature_cache_bytes=0, speculation=speculation)
+    with Engine(lambda progress: Hiccup(), FakeProcessor(), config, ranks=ranks) as engine:
+        assert ids_of(engine.generate(ask(ids, 12))) == expected
+    assert ranks.doubted == ["RuntimeError: out of memory"]

@@ -68,6 +68,8 @@ def test_mpi_tells_no_address() -> None:
     ("hosts", "rank", "words"),
     [
         ([["10.0.0.1:1"], ["10.0.0.2:1"]], "2", "rank 2 of 2 can't be"),
+        ([["10.0.0.1:1"]], "1", "rank 1 of 1 can't be"),
+        ("", "1", "rank 1 of 0 can't be"),
         ([["10.0.0.1:1"], ["10.0.0.2:1"]], "-1", "MLX_RANK is a number"),
         ([["10.0.0.1:1"], ["10.0.0.2:1"]], "", "MLX_RANK is a number"),
         ([["10.0.0.1:1"], ["10.0.0.1:1"]], "0", "same address"),

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlxvlm.engine import runner
 from mlxvlm.engine.config import EngineConfig
 from mlxvlm.engine.engine import Engine
 from mlxvlm.engine.rows import Alone, Rows
-from mlxvlm.errors import RanksError
+from mlxvlm.engine.sampler import sample
+from mlxvlm.errors import InternalError, RanksError
 from mlxvlm.models.base import KVSpec, VisionLanguageModel
 from mlxvlm.models.shares import Rank
 from mlxvlm.ranks.follower import FollowerRows, follow
@@ -106,6 +108,24 @@ def test_who_follows_has_the_same_rows(both: Both, rows: list[Row], kept: tuple[
     both.setting.check([Row(0, "text_only", 2)])
     both.follow()
     assert not theirs._blocks
+
+
+def test_who_follows_tries_rows_alone_too(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise InternalError("a step failed")
+        return sample(*args)
+
+    monkeypatch.setattr(runner, "sample", failing)
+    monkeypatch.setattr(both.setting.engine._decoding._speculation, "drafts", lambda rows: {})
+    both.setting.check([Row(0, "text_only", 9), Row(0, "text_only", 9)])
+    assert [message[0] for message in both.ranks.messages].count("attempt") >= 1
+    both.follow()
+    assert both.theirs._lengths == both.ranks.held._lengths
 
 
 def following() -> FollowerRows:
