@@ -53,9 +53,9 @@ def test_dtype(dtype: str, monkeypatch: Patch) -> None:
 
     asked: list[str] = []
 
-    def spy(model: Any, weights: Any, dtype: str, progress: Any) -> None:
+    def spy(model: Any, weights: Any, dtype: str, *rest: Any) -> None:
         asked.append(dtype)
-        bind(model, weights, dtype, progress)
+        bind(model, weights, dtype, *rest)
 
     monkeypatch.setattr("mlxvlm.checkpoint.build.bind", spy)
     assert run("--dtype", dtype) == 0

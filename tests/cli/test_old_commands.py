@@ -130,7 +130,8 @@ def test_an_unknown_architecture(capsys: Capture) -> None:
     assert "there is no architecture 'phi3v': there are llava_next, llava, vllama, qwen2vl, idefics3, llama4" in err
 
 
-def test_serve(tmp_path: Path, capsys: Capture) -> None:
+def test_serve(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxvlm.server.request_log.configure_logging", lambda as_json: None)
     assert main(["serve", "-m", QWEN, "-p", "0", "-a", "vllama"]) == 2
     assert "leave --arch out" in capsys.readouterr().err
     file = tmp_path / "server.toml"
