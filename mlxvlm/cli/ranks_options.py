@@ -53,27 +53,29 @@ def membership(args: argparse.Namespace) -> Iterator[Member | None]:
         "stall_timeout_s": _seconds(args.rank_stall_timeout, "--rank-stall-timeout", STALL_TIMEOUT_S),
     }
     parent: int | None = args.shard_of
-    with _shards(args) if parent is None else nullcontext(lambda: _check_parent(parent)) as check:
+    mine = _shards(args) if parent is None else nullcontext((lambda: _check_parent(parent), _nothing))
+    with mine as (check, connected):
         member = find_member(os.environ, **options)
         if member is not None and member.follows:
             if parent is None:
                 _log_lines()
             # A terminal sends Ctrl-C to all of its processes: rank 0 decides what it means.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        yield None if member is None else replace(member, check=check)
+        yield None if member is None else replace(member, check=check, connected=connected)
 
 
 @contextmanager
-def _shards(args: argparse.Namespace) -> Iterator[Callable[[], None]]:
+def _shards(args: argparse.Namespace) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Member's check and connected."""
     if args.shards is None or args.shards == 1:
-        yield lambda: None
+        yield _nothing, _nothing
         return
     from mlxvlm.ranks.launch import MAX_SHARDS, shards
 
     if not 1 <= args.shards <= MAX_SHARDS:
         raise UsageError(f"--shards is a number from 1 to {MAX_SHARDS}, not {args.shards}")
-    with shards(args.shards, args.argv) as check:
-        yield check
+    with shards(args.shards, args.argv) as started:
+        yield started
 
 
 def follow(args: argparse.Namespace, member: Member) -> NoReturn:
@@ -91,6 +93,10 @@ def _seconds(given: float | None, flag: str, default: float) -> float:
     if not 0 < given < 1e6:
         raise UsageError(f"{flag} is a number of seconds above 0, not {given:g}")
     return given
+
+
+def _nothing() -> None:
+    pass
 
 
 def _check_parent(parent: int) -> None:

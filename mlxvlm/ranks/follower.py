@@ -38,7 +38,7 @@ class FollowerRows(Rows):
                 raise RanksError(f"rank {self._shard.rank.index} has rows of {self._lengths} tokens, not {lengths}")
             self.run(mx.zeros(shape, mx.uint32), places)
         elif name == "attempt":
-            self.attempt(*args, mx.zeros((1, 1), mx.uint32))
+            self.attempt(args[0], mx.zeros((1, 1), mx.uint32))
         elif name == "copy":
             owner, start, end, number = args
             self._blocks[number] = self.copy(owner, start, end)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from mlxvlm.errors import RanksError, UsageError
 from mlxvlm.ranks.place import RANK, RING_HOSTS, find_place
@@ -24,21 +24,26 @@ _END_S = 10.0  # for processes that were told to end
 _STOP_S = 2.0  # for those that were not, and are asked by a signal
 PARENT_FLAG = "--shard-of"
 
-Check = Callable[[], None]
+
+class Shards(NamedTuple):
+    """See Member. check: raises RanksError when a process has ended."""
+
+    check: Callable[[], None]
+    connected: Callable[[], None]
 
 
 @contextmanager
-def shards(count: int, argv: Sequence[str]) -> Iterator[Check]:
+def shards(count: int, argv: Sequence[str]) -> Iterator[Shards]:
     """Makes this process rank 0 of `count`, the others run the same words; they end with the block.
 
-    Gives a check that raises RanksError when one of them has ended. Raises UsageError, and RanksError where one ended
+    Raises UsageError, and RanksError where one ended
     badly.
     """
     if any(name in os.environ for name in (RANK, RING_HOSTS)):
         raise UsageError(f"--shards starts ranks on this machine, but {RANK} says that this is one: leave it out")
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlxvlm-ranks-")))
-        hosts = folder / "hosts.json"
+        folder = tempfile.TemporaryDirectory(prefix="mlxvlm-ranks-")
+        hosts = Path(stack.enter_context(folder)) / "hosts.json"
         hosts.write_text(json.dumps([[f"{_LOOPBACK}:{port}"] for port in _free_ports(count)]))
         variables = {RING_HOSTS: str(hosts), RANK: "0"}
         stack.callback(lambda: [os.environ.pop(name, None) for name in variables])
@@ -52,7 +57,7 @@ def shards(count: int, argv: Sequence[str]) -> Iterator[Check]:
                 if (status := each.process.poll()) is not None:
                     raise RanksError(f"{each.name} ended with status {status}; what it said stands before this")
 
-        yield check
+        yield Shards(check, folder.cleanup)  # here and not only at the end, which a loss does not wait for
         until = time.monotonic() + _END_S
         statuses = {each.name: each.status(until - time.monotonic()) for each in processes}
     bad = [name for name, status in statuses.items() if status != 0]

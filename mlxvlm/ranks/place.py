@@ -56,6 +56,7 @@ class Member:
     start_timeout_s: float = START_TIMEOUT_S
     stall_timeout_s: float = STALL_TIMEOUT_S
     check: Callable[[], None] = lambda: None  # called while ranks are waited for; raises what ends that
+    connected: Callable[[], None] = lambda: None  # called by rank 0 once: no rank needs the file of hosts any more
 
     @property
     def follows(self) -> bool:

@@ -62,6 +62,7 @@ class Lead:
             member.check()
 
         group = join(member.place, self._terms, member.start_timeout_s, check)
+        member.connected()
         self._link = link = Link(group.place, group.connections, member.timeout_s)
         link.on_loss = lambda text: self._on_loss(RanksError(text))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -75,6 +76,19 @@ def test_ctrl_c_that_all_ranks_get(tmp_path: Path) -> None:
         assert started[0].errors == started[1].errors == []
 
 
+def test_no_folder_is_left_by_a_loss(tmp_path: Path) -> None:
+    (folder := tmp_path / "temporary").mkdir()
+    words = ("-m", "mlxvlm", "serve", "-m", "demo", "--port", "0", "--shards", "2")
+    process = Process(words, tmp_path / "log.txt", TMPDIR=str(folder))
+    try:
+        process.wait_for("mlxvlm: demo at ")
+        os.kill(process.shards()[0], signal.SIGKILL)
+        assert process.status() == 1
+        assert list(folder.iterdir()) == []
+    finally:
+        process.end()
+
+
 def test_ctrl_c_while_they_load(tmp_path: Path) -> None:
     with alone(tmp_path, "run", "-m", "demo", "--shards", "2", "hello") as process:
         while not process.shards():
@@ -102,9 +116,9 @@ def test_a_shard_that_fails_ends_all(tmp_path: Path) -> None:
 
 def test_a_shards_words_have_its_number(capfd: pytest.CaptureFixture[str]) -> None:
     def failing() -> None:
-        with launch.shards(2, ["models", "--no-such-flag"]) as check:
+        with launch.shards(2, ["models", "--no-such-flag"]) as started:
             for _ in iter(int, 1):
-                check()
+                started.check()
 
     with pytest.raises(RanksError, match=r"rank 1 of 2 \(127.0.0.1\) ended with status 2; what it said"):
         failing()
