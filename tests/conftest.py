@@ -24,7 +24,7 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=Path, action="append", default=[], help="more folders of golden cases")
-    parser.addoption("--thorough-ranks", action="store_true", help="every family and type over 2 and 4 ranks: an hour")
+    parser.addoption("--thorough-ranks", action="store_true", help="every family and type over 2 and 4 ranks")
     parser.addoption("--abuse", action="store_true", help="thousands of hostile requests instead of hundreds")
     parser.addoption("--uqff", type=Path, help="a folder of UQFF vectors, one folder a type, see test_uqff_vectors.py")
     parser.addoption("--mistralrs", type=Path, help="the Python of an environment with mistralrs 0.9.5")

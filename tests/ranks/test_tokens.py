@@ -40,14 +40,16 @@ def groups(is_thorough: bool) -> list[Group]:
     if is_thorough:
         every = [job(family, isq, examples=10) for family in CASES for isq in TYPES]
         every += [job(family, None, kv_bits=8) | {"name": f"{family}-kv8"} for family in CASES]
-        return [Group(2, every), Group(4, every)]
+        # Ranks poll while they wait: four take minutes a schedule where there are two cores.
+        schedules = [job(family, "4@32", examples=2) for family in ("llama4", "mllama")]
+        return [Group(2, every), Group(4, [each | {"is_brief": True} for each in every]), Group(4, schedules)]
     return [chosen(2, 0, examples=1), chosen(4, 1, is_brief=True)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "group" in metafunc.fixturenames:
         found = groups(metafunc.config.getoption("--thorough-ranks"))
-        metafunc.parametrize("group", found, ids=[f"{group.count}-ranks" for group in found])
+        metafunc.parametrize("group", found, ids=[f"{group.count}-ranks-{len(group.jobs)}-jobs" for group in found])
 
 
 def test_tokens(group: Group, tmp_path: Path) -> None:
