@@ -14,8 +14,6 @@ from tests.checkpoint.sharing import wide
 from tests.checkpoint.wide import CASES, write_wide
 from tests.ranks.processes import Process
 
-PATIENCE_S = 250.0  # a group takes some seconds alone on a machine
-THOROUGH_S = 3600.0
 TYPES = (None, "4@32", "8@32")
 
 
@@ -24,6 +22,7 @@ class Group(NamedTuple):
 
     count: int
     jobs: Sequence[dict[str, Any]]
+    patience_s: float = 250.0  # it takes some seconds alone on a machine
 
 
 def chosen(count: int, shift: int, **more: Any) -> Group:
@@ -42,7 +41,8 @@ def groups(is_thorough: bool) -> list[Group]:
         every += [job(family, None, kv_bits=8) | {"name": f"{family}-kv8"} for family in CASES]
         # Ranks poll while they wait: four take minutes a schedule where there are two cores.
         schedules = [job(family, "4@32", examples=2) for family in ("llama4", "mllama")]
-        return [Group(2, every), Group(4, [each | {"is_brief": True} for each in every]), Group(4, schedules)]
+        brief = [each | {"is_brief": True} for each in every]
+        return [Group(2, every, 3600), Group(4, brief, 3600), Group(4, schedules, 3600)]
     return [chosen(2, 0, examples=1), chosen(4, 1, is_brief=True)]
 
 
@@ -65,7 +65,7 @@ def test_tokens(group: Group, tmp_path: Path) -> None:
         for index in range(group.count)
     ]
     try:
-        statuses = [process.popen.wait(THOROUGH_S if len(jobs) > len(CASES) else PATIENCE_S) for process in processes]
+        statuses = [process.popen.wait(group.patience_s) for process in processes]
     finally:
         for process in processes:
             process.end()
