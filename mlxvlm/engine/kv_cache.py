@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, groupby
 
 import mlx.core as mx
 
@@ -143,7 +143,7 @@ class KVGroup:
         # No views, which would keep the whole buffers alive and make the next write copy them.
         return KVBlock(
             tuple(
-                mx.contiguous(mx.concatenate([buffer[slot, :, start:end].flatten() for buffer in buffers]))
+                mx.contiguous(mx.concatenate([run.flatten() for run in _by_width(buffers, slot, start, end)]))
                 for buffers in zip(*filter(None, self._layers), strict=True)
             )
         )
@@ -273,6 +273,12 @@ class KVPass:
         given = iter(counts or ())
         for group in self.groups:
             group.lengths = [length + (self._new if counts is None else next(given)) for length in group.lengths]
+
+
+def _by_width(buffers: Sequence[mx.array], slot: int, start: int, end: int) -> list[mx.array]:
+    """Positions of a slot, [layers * K, positions, width]: one array of all layers that follow with the same width."""
+    runs = (list(run) for _, run in groupby(buffers, key=lambda buffer: buffer.shape[-1]))
+    return [mx.concatenate([buffer[slot, :, start:end] for buffer in run]) for run in runs]
 
 
 def visible(lengths: Sequence[int], new: int, spec: KVSpec) -> mx.array:
