@@ -89,9 +89,7 @@ def test_a_tick_starts_a_step_and_reads_the_one_before(case: Case, ticks: list[l
     assert all(tick in (STARTED_THEN_READ, ["start"], ["read", "read"]) for tick in busy)
 
 
-def test_a_read_in_a_step_would_be_found(
-    case: Case, ticks: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_in_a_step_would_be_found(case: Case, ticks: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     model = case.build()
     embed = type(model).embed_tokens
 
