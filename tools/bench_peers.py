@@ -63,7 +63,7 @@ def in_turns(rounds: int, ours: Timed, theirs: Timed) -> Json:
                 column.append(seconds)
     medians = [statistics.median(column) if column else None for column in columns]
     ratio = None
-    if all(columns):
+    if all(columns) and all(columns[1]):  # mistral.rs tells whole milliseconds, which may be none
         ratio = statistics.median(mine / other for mine, other in zip(*columns, strict=True))
     return {"ours_s": medians[0], "theirs_s": medians[1], "ratio": ratio, **({"why": reasons} if reasons else {})}
 
