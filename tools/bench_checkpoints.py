@@ -31,6 +31,7 @@ TEXT: Json = {
     "head_dim": 64,
     "max_position_embeddings": CONTEXT,
 }
+RATIOS = [[high, wide] for high in range(1, 5) for wide in range(1, 5) if high * wide <= 4]
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -69,15 +70,21 @@ CASES: dict[str, Case] = {
     "llava": Case(
         "llava_clip",
         _CLIP,
-        config={"vision_feature_layer": -2},
+        config={
+            "vision_feature_layer": -2,
+            "projector_hidden_act": "gelu",
+            "vision_feature_select_strategy": "default",
+        },
+        text={"rms_norm_eps": 1e-5, "hidden_act": "silu"},
         preprocessor=_CLIP_SIZE,
         processor={"patch_size": 14},
     ),
     "llava_next": Case(
         "llava_next_tiles",
         _CLIP,
-        text={"sliding_window": None},
-        config={"image_grid_pinpoints": PINPOINTS},
+        text={"sliding_window": None, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+        config={"image_grid_pinpoints": PINPOINTS, "projector_hidden_act": "gelu", "vision_feature_layer": -2}
+        | {"vision_feature_select_strategy": "default"},
         preprocessor={**_CLIP_SIZE, "image_grid_pinpoints": PINPOINTS},
         processor={"patch_size": 14},
     ),
@@ -85,18 +92,25 @@ CASES: dict[str, Case] = {
         "llama4_norms",
         {"hidden_size": 176, "intermediate_size": 704, "num_attention_heads": 2, "num_hidden_layers": 2}
         | {"image_size": 336, "patch_size": 14, "num_channels": 3, "norm_eps": 1e-5, "initializer_range": 0.02}
-        | {"pixel_shuffle_ratio": 0.5, "projector_dropout": 0.0, "rope_theta": 10000.0, "vision_feature_layer": -1}
+        | {
+            "hidden_act": "gelu",
+            "pixel_shuffle_ratio": 0.5,
+            "projector_dropout": 0.0,
+            "rope_theta": 10000.0,
+            "vision_feature_layer": -1,
+        }
         | {"vision_feature_select_strategy": "default"}
         | dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 256),
         text={"intermediate_size_mlp": 768, "intermediate_size": 512, "num_local_experts": 4}
-        | {"rope_scaling": None, "attention_chunk_size": 8192, "rms_norm_eps": 1e-5},
+        | {"rope_scaling": None, "attention_chunk_size": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
         preprocessor={"size": {"height": 336, "width": 336}, "max_patches": 16},
         processor={"patch_size": 14},
     ),
     "mllama": Case(
         "mllama_tiles",
         {"hidden_size": 160, "intermediate_size": 640, "attention_heads": 2, "num_hidden_layers": 3}
-        | {"image_size": 560, "patch_size": 14, "num_global_layers": 1, "vision_output_dim": 480},
+        | {"image_size": 560, "patch_size": 14, "num_global_layers": 1, "vision_output_dim": 480}
+        | {"num_channels": 3, "max_num_tiles": 4, "supported_aspect_ratios": RATIOS},
         preprocessor={"size": {"height": 560, "width": 560}, "max_image_tiles": 4},
         compute=({"image_size": 280}, {"size": {"height": 280, "width": 280}}),
     ),
@@ -149,6 +163,8 @@ def _write_weights(folder: Path, config: Json) -> None:
         for number, (name, shape) in enumerate(shapes):
             scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             array = scale + 0.05 * mx.random.normal(shape, key=mx.random.key(number))
+            if len(shape) == 4:  # a convolution, [O, C, kH, kW] on the hub
+                array = mx.contiguous(array.transpose(0, 3, 1, 2))
             if ".experts." not in name:
                 yield name, array
                 continue

@@ -65,6 +65,10 @@ class Work:
         with _opened(image) as picture:
             return least(work)
 
+    def values(self, image: str) -> int:
+        """How many numbers a picture becomes."""
+        return int(self.mx.array(self.inputs(image)["pixel_values"]).size)
+
     def vision(self, image: str) -> float:
         """From arrays to the embeddings of the prompt."""
         found = self.inputs(image)

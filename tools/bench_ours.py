@@ -32,6 +32,10 @@ class Work:
         question = asked(image)
         return least(lambda: self.source.processor(question))
 
+    def values(self, image: str) -> int:
+        """How many numbers a picture becomes."""
+        return sum(picture.pixels.size for picture in self.source.processor(asked(image)).images)
+
     def vision(self, image: str) -> float:
         prompt = self.source.processor(asked(image))
         begun = time.perf_counter()

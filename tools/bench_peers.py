@@ -1,9 +1,10 @@
 """The same work on the same files through mlx-vlm 0.7.10 and ours, in turns: medians and ratios, last line JSON.
 
-    python tools/bench_peers.py --mlx-vlm PYTHON [--only preprocess ...] [--family qwen2_vl ...]
+    python tools/bench_peers.py --mlx-vlm PYTHON [--mistralrs PYTHON] [--only preprocess ...] [--family qwen2_vl ...]
 
-PYTHON is one that has the other runtime. Each runtime is a process of its own, one piece of work at a time; a ratio is
-ours / theirs, the median over rounds. What a runtime can't do is null, with its reason. CPU, float32.
+PYTHON is one that has the other runtime; mistralrs 0.9.5 is timed in what its Python API tells. Each runtime is a
+process of its own, one piece of work at a time; a ratio is ours / theirs, the median over rounds. What a runtime can't
+do is null, with its reason. values_ratio: how many numbers ours makes of a picture for each of theirs. CPU, float32.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TOOLS = Path(__file__).resolve().parent
 SIZES = {"336": (336, 336), "1080p": (1920, 1080), "12MP": (4000, 3000), "112": (112, 112)}  # (width, height)
 SMALL, LENGTH, TOKENS, ROWS = "336", 128, 32, 8
 TINY = "112"  # of the cold run, whose subject is starting and not the tower
-FIGURES = ("startup", "cold", "preprocess", "vision", "prefill", "decode", "question")
+FIGURES = ("startup", "cold", "preprocess", "vision", "prefill", "decode", "question", "mistralrs")
 Json = dict[str, Any]
 Timed = Callable[[], float]
 
@@ -55,14 +56,14 @@ def in_turns(rounds: int, ours: Timed, theirs: Timed) -> Json:
                 continue
             try:
                 seconds = work()
-            except (RuntimeError, subprocess.SubprocessError) as error:
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 reasons[name] = str(error)[:160]
                 continue
             if number:
                 column.append(seconds)
     medians = [statistics.median(column) if column else None for column in columns]
     ratio = None
-    if all(columns):
+    if all(columns) and all(columns[1]):  # mistral.rs tells whole milliseconds, which may be none
         ratio = statistics.median(mine / other for mine, other in zip(*columns, strict=True))
     return {"ours_s": medians[0], "theirs_s": medians[1], "ratio": ratio, **({"why": reasons} if reasons else {})}
 
@@ -99,16 +100,49 @@ def cold(python: Path, folder: Path, image: str, rounds: int) -> Json:
 def preprocess(family: str, python: Path, work: Path, args: argparse.Namespace) -> Json:
     folder = write_checkpoint(work / f"{family}-full", family, full_pictures=True)
     with_peers = (Peer(sys.executable, TOOLS / "bench_ours.py", folder), Peer(python, args.script, folder))
+    found: Json = {}
     try:
-        return {
-            f"preprocess_{size}": in_turns(
-                args.rounds, *(partial(peer, "preprocess", image=picture(work, size)) for peer in with_peers)
-            )
-            for size in SIZES
-            if size != TINY
-        }
+        for size in SIZES:
+            if size == TINY:
+                continue
+            image = picture(work, size)
+            row = in_turns(args.rounds, *(partial(peer, "preprocess", image=image) for peer in with_peers))
+            if row["ratio"] is not None:
+                values = [peer("values", image=image) for peer in with_peers]
+                row |= {"values_ratio": values[0] / values[1]}
+            found[f"preprocess_{size}"] = row
+        return found
     finally:
         for peer in with_peers:
+            peer.close()
+
+
+def beside_mistralrs(family: str, work: Path, args: argparse.Namespace) -> Json:
+    """One row's steps, a prompt, and a question about a picture that was not asked about before."""
+    folder = write_checkpoint(work / family, family, full_pictures=False)
+    peers = (
+        Peer(sys.executable, TOOLS / "bench_ours.py", folder),
+        Peer(args.mistralrs, TOOLS / "bench_mistralrs.py", folder),
+    )
+    random = np.random.default_rng(0)
+
+    def turns(name: str, draw: Callable[[int], Json]) -> Json:
+        rounds = [iter([draw(number) for number in range(args.rounds + 1)]) for _ in peers]
+        both = (lambda: peers[0](name, **next(rounds[0])), lambda: peers[1](name, **next(rounds[1])))
+        return in_turns(args.rounds, *both)
+
+    prompts = [random.integers(10, 120, 512).tolist() for _ in range(args.rounds + 1)]
+    try:
+        return {
+            "mistralrs_decode_1": turns("step", lambda number: {"length": LENGTH, "tokens": TOKENS}),
+            "mistralrs_prefill_512": turns("prefill", lambda number: {"ids": prompts[number]}),
+            "mistralrs_question": turns(
+                "question",
+                lambda number: {"image": picture(work, SMALL, number), "text": "What is this?", "first": True},
+            ),
+        }
+    finally:
+        for peer in peers:
             peer.close()
 
 
@@ -179,7 +213,9 @@ def show(name: str, row: Json) -> None:
     cells = [f"{1000 * row[key]:10.1f}" if row[key] is not None else f"{'-':>10}" for key in ("ours_s", "theirs_s")]
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
     why = "; ".join(f"{who}: {reason}" for who, reason in row.get("why", {}).items())
-    own = "  ".join(f"{key} {row[key]:.3f}" for key in ("ours_over_first", "theirs_over_first") if row.get(key))
+    own = "  ".join(
+        f"{key} {row[key]:.3f}" for key in ("ours_over_first", "theirs_over_first", "values_ratio") if row.get(key)
+    )
     print(f"{name:<32}{cells[0]}{cells[1]}  {ratio:>7}  {own}{why}", flush=True)
 
 
@@ -198,18 +234,19 @@ def measure(args: argparse.Namespace, work: Path) -> Json:
         folder = write_checkpoint(work / "cold", "qwen2_vl", full_pictures=False)
         keep({"cold_run": cold(args.mlx_vlm, folder, picture(work, TINY), args.rounds)})
     for family in args.family:
-        for is_wanted, run in (
-            ("preprocess" in args.only, preprocess),
-            (set(args.only) & {"vision", "prefill", "decode", "question"}, computing),
-        ):
-            if is_wanted:
-                keep(run(family, args.mlx_vlm, work, args), f"{family}_")
+        if "preprocess" in args.only:
+            keep(preprocess(family, args.mlx_vlm, work, args), f"{family}_")
+        if {"vision", "prefill", "decode", "question"} & set(args.only):
+            keep(computing(family, args.mlx_vlm, work, args), f"{family}_")
+        if "mistralrs" in args.only and args.mistralrs is not None:
+            keep(beside_mistralrs(family, work, args), f"{family}_")
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mlx-vlm", type=Path, required=True, metavar="PYTHON")
+    parser.add_argument("--mistralrs", type=Path, metavar="PYTHON")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME", help=", ".join(FIGURES))
     parser.add_argument("--family", nargs="+", choices=CASES, default=tuple(CASES), metavar="FAMILY")
     parser.add_argument("--rounds", type=int, default=5)

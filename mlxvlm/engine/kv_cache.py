@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, groupby
 
 import mlx.core as mx
 
@@ -143,19 +143,17 @@ class KVGroup:
         # No views, which would keep the whole buffers alive and make the next write copy them.
         return KVBlock(
             tuple(
-                mx.contiguous(mx.concatenate([buffer[slot, :, start:end].flatten() for buffer in buffers]))
+                mx.contiguous(mx.concatenate([run.flatten() for run in _by_width(buffers, slot, start, end)]))
                 for buffers in zip(*filter(None, self._layers), strict=True)
             )
         )
 
-    def places(self, new: int) -> tuple[mx.array, mx.array]:
-        """Where `new` tokens of each row go, the same in every layer: slots [B, 1], positions [B, L]."""
-        slots = mx.arange(len(self.owners))[:, None]
-        return slots, mx.array(self.lengths)[:, None] + mx.arange(new)[None]
+    def places(self, new: int) -> mx.array:
+        """Where `new` tokens of each slot go, the same in every layer: positions [slots, 1, L, 1], 0 for free ones."""
+        starts = [*self.lengths, *[0] * (self._slots - len(self.lengths))]
+        return (mx.array(starts)[:, None] + mx.arange(new))[:, None, :, None]
 
-    def write(
-        self, layer: int, keys: mx.array, values: mx.array, places: tuple[mx.array, mx.array] | None
-    ) -> list[mx.array]:
+    def write(self, layer: int, keys: mx.array, values: mx.array, places: mx.array | None) -> list[mx.array]:
         """Appends [B, K, L, Dh]; the parts that the rows hold now, [B, K, S, width], with padding after shorter rows.
 
         A row on its own needs no `places`: its tokens go in one slice.
@@ -164,12 +162,15 @@ class KVGroup:
         held = max(self.lengths) + new
         parts = encode(self.specs[layer], keys, values)
         buffers = self._buffers(layer, parts)
-        for buffer, fresh in zip(buffers, parts, strict=True):
+        for part, fresh in enumerate(parts):
             if places is None:
-                buffer[:1, :, start : start + new] = fresh
+                buffers[part][:1, :, start : start + new] = fresh
             else:
-                slots, positions = places
-                buffer[slots, :, positions] = fresh.transpose(0, 2, 1, 3)
+                # Faster than writing by [slots, :, positions], and as much in place. Free slots get zeros, which who
+                # joins overwrites.
+                free = self._slots - count
+                fresh = mx.pad(fresh, [(0, free), (0, 0), (0, 0), (0, 0)]) if free else fresh
+                buffers[part] = mx.put_along_axis(buffers[part], places, fresh, axis=2)
         return [buffer[:count, :, :held] for buffer in buffers]
 
     def _buffers(self, layer: int, like: Sequence[mx.array]) -> list[mx.array]:
@@ -272,6 +273,12 @@ class KVPass:
         given = iter(counts or ())
         for group in self.groups:
             group.lengths = [length + (self._new if counts is None else next(given)) for length in group.lengths]
+
+
+def _by_width(buffers: Sequence[mx.array], slot: int, start: int, end: int) -> list[mx.array]:
+    """Positions of a slot, [layers * K, positions, width]: one array of all layers that follow with the same width."""
+    runs = (list(run) for _, run in groupby(buffers, key=lambda buffer: buffer.shape[-1]))
+    return [mx.concatenate([buffer[slot, :, start:end] for buffer in run]) for run in runs]
 
 
 def visible(lengths: Sequence[int], new: int, spec: KVSpec) -> mx.array:

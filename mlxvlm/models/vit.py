@@ -118,14 +118,20 @@ class Encoder(nn.Module):
 _FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
 
+def fused_padding(dims: int) -> int:
+    """Zeros that a head needs behind it for the fused kernel; the CPU has none, and would only multiply them."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return 0
+    return next((size for size in _FUSED_HEAD_DIMS if size >= dims), dims) - dims
+
+
 def attend(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     """Attention of all to all, [F, H, P, Dh]; odd head sizes go through the fused kernel with zeros behind them.
 
     Zeros add nothing to a dot product, and what they become in the output is cut off.
     """
     dims = queries.shape[-1]
-    padding = next((size for size in _FUSED_HEAD_DIMS if size >= dims), dims) - dims
-    if padding:
+    if padding := fused_padding(dims):
         widths = [(0, 0)] * 3 + [(0, padding)]
         queries, keys, values = (mx.pad(heads, widths) for heads in (queries, keys, values))
     mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=dims**-0.5)

@@ -20,7 +20,9 @@ RESCALE_FACTOR = 0.00392156862745098  # 1/255 as the checkpoints' configs spell 
 # The training data's statistics (openai/CLIP `clip.py`).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-CACHED = 1 << 18  # values that are looked up at once: NumPy holds 8 bytes of index for each
+# Values that are looked up at once. NumPy makes 8 bytes of index for each, which then stay in a core's cache and below
+# the 128 kB from which malloc asks the system for fresh pages each time.
+CACHED = 1 << 13
 
 Frames = NDArray[np.uint8]  # [N, 3, H, W], a picture's bytes cut as its tower takes them
 
@@ -90,14 +92,25 @@ class Normalizer:
     def __call__(self, frames: Frames, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """[N, C, H, W], into `out` (contiguous, of the same shape) if there is one. Each value is written once."""
         pixels: NDArray[np.float32] = np.empty(frames.shape, np.float32) if out is None else out
+        step = CACHED // frames[0].size
+        if not step:
+            for planes, found, levels in zip(frames.swapaxes(0, 1), pixels.swapaxes(0, 1), self._table, strict=True):
+                for plane, values in zip(planes, found, strict=True):
+                    _look_up(levels, plane.reshape(-1), values.reshape(-1))
+            return pixels
         table = self._table.reshape(-1)
         channels = np.arange(0, len(table), 256, dtype=np.uint16)[:, None, None]
-        step = max(1, CACHED // max(1, frames[0].size))
         for start in range(0, len(frames), step):
             some = slice(start, start + step)
-            # No index is out of range; with "raise" NumPy writes to a buffer of its own first.
-            np.take(table, frames[some] + channels, out=pixels[some], mode="clip")
+            _look_up(table, (frames[some] + channels).reshape(-1), pixels[some].reshape(-1))
         return pixels
+
+
+def _look_up(table: NDArray[np.float32], levels: NDArray[Any], out: NDArray[np.float32]) -> None:
+    for start in range(0, len(levels), CACHED):
+        some = slice(start, start + CACHED)
+        # No index is out of range; with "raise" NumPy writes to a buffer of its own first.
+        np.take(table, levels[some], out=out[some], mode="clip")
 
 
 @dataclass(frozen=True)

@@ -278,17 +278,19 @@ def test_classes_double() -> None:
 
 
 @LAYOUTS
-def test_writes_after_a_view_do_not_copy_the_buffer(bits: int | None) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 4], ids=["alone", "free-slot", "full"])
+def test_writes_after_a_view_do_not_copy_the_buffer(bits: int | None, rows: int) -> None:
     """A decode loop's peak stays at its buffers plus one step's activations."""
     batch = KVBatch()
-    batch.join(filled([KVSpec(8, 64, bits=bits)], 0, 1000))
+    for owner in range(rows):
+        batch.join(filled([KVSpec(8, 64, bits=bits)], owner, 1000))
     mx.eval(batch.groups[0].arrays)
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     for _ in range(3):
         forward = batch.forward()
-        mx.eval(forward.layers[0].attend(*(mx.ones((1, 8, 1, 64)) for _ in range(3)), 1.0))
+        mx.eval(forward.layers[0].attend(*(mx.ones((rows, 8, 1, 64)) for _ in range(3)), 1.0))
         forward.commit()
     # The CPU backend's quantised product copies what it reads of a buffer.
     copied = 0 if bits is None or device.is_gpu() else batch.nbytes

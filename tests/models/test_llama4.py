@@ -27,7 +27,7 @@ from mlxvlm.models.llama4 import (
     rotate_pairs,
     vision_rotations,
 )
-from mlxvlm.models.vit import attend, pixel_shuffle
+from mlxvlm.models.vit import attend, fused_padding, pixel_shuffle
 from tests.checkpoint.layouts import logits, tensors_of, write_mlx
 from tests.golden import GOLDENS, Case
 
@@ -103,10 +103,15 @@ class TestVision:
                 found = complex(turned[index, 2 * pair], turned[index, 2 * pair + 1])
                 assert abs(found - expected) < 1e-5, (index, pair)
 
-    @pytest.mark.parametrize("dims", [8, 64, 88, 96, 160])
-    def test_padded_heads_change_nothing(self, dims: int) -> None:
+    @pytest.mark.parametrize("device", [mx.cpu, mx.gpu], ids=["cpu", "gpu"])
+    @pytest.mark.parametrize(("dims", "padding"), [(8, 56), (64, 0), (88, 8), (96, 0), (160, 0)])
+    def test_padded_heads_change_nothing(
+        self, dims: int, padding: int, device: mx.DeviceType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         queries, keys, values = (random(2, 3, 17, dims, seed=seed) for seed in range(3))
         scores = mx.softmax(queries @ keys.swapaxes(-1, -2) * dims**-0.5, axis=-1)
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+        assert fused_padding(dims) == (padding if device == mx.gpu else 0)
         assert mx.abs(attend(queries, keys, values) - scores @ values).max().item() < 1e-5
 
     def test_pixel_shuffle(self) -> None:

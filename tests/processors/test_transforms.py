@@ -164,3 +164,17 @@ def test_resample_of(value: Any) -> None:
     assert type(resample_of({}, Image.Resampling.BICUBIC)) is int
     with pytest.raises(ValueError, match=r"resample is .*, no number of a Pillow filter"):
         resample_of({"resample": value}, 3)
+
+
+@pytest.mark.parametrize("cached", [1, 5, 36, 100, 108, 250, 1 << 13])
+def test_pieces_are_the_whole(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames smaller and larger than what is looked up at once."""
+    monkeypatch.setattr(transforms, "CACHED", cached)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 3, 6, 6)).astype(np.uint8)
+    normalizer = transforms.Normalizer((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), rescale_factor=0.01)
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (normalizer.mean, normalizer.std))
+    expected = ((frames * 0.01).astype(np.float32) - mean) / std
+    into = np.empty(frames.shape, np.float32)
+    assert np.array_equal(normalizer(frames), expected)
+    assert np.array_equal(normalizer(frames, into), expected)
+    assert np.array_equal(into, expected)
