@@ -154,6 +154,7 @@ class Wire:
         self._place, self._timeout_s, self._end = place, timeout_s, end
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._is_over = False
+        self.is_ended = False  # rank 0 has said that this was all, though there may be messages before that
         self._channel = Channel(connection, timeout_s, "rank-0")
         self._channel.start(self._hear, self._miss)
 
@@ -183,6 +184,7 @@ class Wire:
         if isinstance(message, dict):
             self._lose(str(message.get("lost"))[:_SHOWN_CHARS])
             return
+        self.is_ended = message is _END
         self._messages.put(message)
 
     def _miss(self, why: str) -> None:

@@ -36,8 +36,7 @@ class Shards(NamedTuple):
 def shards(count: int, argv: Sequence[str]) -> Iterator[Shards]:
     """Makes this process rank 0 of `count`, the others run the same words; they end with the block.
 
-    Raises UsageError, and RanksError where one ended
-    badly.
+    Raises UsageError, and RanksError where one ended badly.
     """
     if any(name in os.environ for name in (RANK, RING_HOSTS)):
         raise UsageError(f"--shards starts ranks on this machine, but {RANK} says that this is one: leave it out")
@@ -57,9 +56,17 @@ def shards(count: int, argv: Sequence[str]) -> Iterator[Shards]:
                 if (status := each.process.poll()) is not None:
                     raise RanksError(f"{each.name} ended with status {status}; what it said stands before this")
 
-        yield Shards(check, folder.cleanup)  # here and not only at the end, which a loss does not wait for
+        have_met = threading.Event()
+
+        def connected() -> None:
+            have_met.set()
+            folder.cleanup()  # here and not only at the end, which a loss does not wait for
+
+        yield Shards(check, connected)
         until = time.monotonic() + _END_S
-        statuses = {each.name: each.status(until - time.monotonic()) for each in processes}
+        # Before they have met nobody tells the others that this was all: they are stopped.
+        told = processes if have_met.is_set() else []
+        statuses = {each.name: each.status(until - time.monotonic()) for each in told}
     bad = [name for name, status in statuses.items() if status != 0]
     if bad:
         raise RanksError(f"{', '.join(bad)} did not end well, though rank 0 was done")

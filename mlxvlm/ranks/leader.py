@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlxvlm.engine.kv_cache import KVBlock
 from mlxvlm.engine.rows import Rows
+from mlxvlm.errors import RanksError
 from mlxvlm.models.base import Inputs, KVSpec
 from mlxvlm.ranks.shard import Shard
 
@@ -38,7 +39,10 @@ class LeaderRows(Rows):
             self._send(["free", self._unused.popleft()])
         self._send([name, *args])
         # Now, as the others do: what comes next has collectives too.
-        mx.async_eval(*arrays)
+        try:
+            mx.async_eval(*arrays)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise RanksError(f"what the others compute could not be started here: {error}") from error
 
     def _share(self, owner: int, inputs: Inputs) -> Inputs:
         self._send(["keep", owner, self._shard.outline(inputs)])

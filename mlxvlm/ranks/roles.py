@@ -18,7 +18,7 @@ from mlxvlm.engine import device
 from mlxvlm.engine.failures import failure_of
 from mlxvlm.engine.kv_layout import quantised
 from mlxvlm.engine.rows import Rows
-from mlxvlm.errors import InternalError, MlxvlmError, RanksError
+from mlxvlm.errors import EngineClosedError, InternalError, MlxvlmError, RanksError
 from mlxvlm.models.base import KVSpec, VisionLanguageModel
 from mlxvlm.models.shares import Rank, Share
 from mlxvlm.ranks.control import Link, Wire
@@ -70,6 +70,9 @@ class Lead:
             heads, reports = shard.kv_specs[0].num_kv_heads, link.reports(partial(progress, 0, 0))
             # Where heads don't divide evenly, another's row may take more than this one's.
             self._free_bytes = min(report["free_bytes"] * heads / report["kv_heads"] for report in reports)
+        except EngineClosedError:
+            link.close()  # somebody changed their mind, which is no failure
+            raise
         except BaseException as error:
             link.close(str(error) or type(error).__name__)
             raise
@@ -120,9 +123,13 @@ def take_part(
     group = join(member.place, terms, member.start_timeout_s, member.check)
     wire = Wire(group.place, group.connections[0], member.timeout_s)
 
+    def progress(done: int, total: int) -> None:
+        if wire.is_ended:
+            raise EngineClosedError("rank 0 was interrupted while it loaded")
+
     def work() -> None:
         device.configure()
-        shard = _shard(group, build, lambda done, total: None)
+        shard = _shard(group, build, progress)
         rows = FollowerRows(shard, quantised(shard.kv_specs, *layout))
         bytes_ = (device.default_budget() if budget is None else budget) - device.memory().active_bytes
         wire.ready({"free_bytes": bytes_, "kv_heads": shard.kv_specs[0].num_kv_heads})
@@ -131,7 +138,7 @@ def take_part(
         mx.synchronize()
 
     failure = failure_of(work)
-    if failure is not None:
+    if failure is not None and not isinstance(failure, EngineClosedError):
         if _is_of_all(failure):
             time.sleep(_SETTLE_S)  # rank 0 may know better what it was, and end this process
         wire.failed(str(failure))

@@ -37,6 +37,14 @@ def fail(*args: Any) -> NoReturn:
     raise OSError("the disk is full")
 
 
+def load_for_ever(group: Any, build: Any, progress: Any) -> NoReturn:
+    """A checkpoint that never ends."""
+    say()
+    while True:
+        time.sleep(0.05)
+        progress(1, 2)
+
+
 def without_addresses(environ: Mapping[str, str]) -> Place | None:
     """As with mpirun, which tells none."""
     found = find_place(environ)
@@ -47,6 +55,7 @@ FAULTS = {
     "no-addresses": (place, "find_place", without_addresses),
     "no-connection": (group, "_connected", hang),
     "load": (roles, "_shard", hang),
+    "slow-load": (roles, "_shard", load_for_ever),
     "bad-load": (roles, "_shard", fail),
     "prefill": (FollowerRows, "fill", hang),
     "leaders-prefill": (LeaderRows, "fill", hang),

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,27 @@ def test_ctrl_c_while_they_load(tmp_path: Path) -> None:
         assert gone(process)
 
 
+@pytest.mark.parametrize("pause_s", [0.0, 0.3, 0.6])
+def test_ctrl_c_while_a_server_starts(pause_s: float, tmp_path: Path) -> None:
+    """Whatever it is at: meeting, loading, or done with both."""
+    with alone(tmp_path, "serve", "-m", "demo", "--port", "0", "--shards", "2") as process:
+        while not process.shards():
+            assert process.popen.poll() is None
+        time.sleep(pause_s)
+        process.popen.send_signal(signal.SIGINT)
+        assert process.status() in (0, 130, -signal.SIGINT), process.said
+        assert process.errors == []
+        assert gone(process)
+
+
+def test_ctrl_c_while_another_rank_loads(tmp_path: Path) -> None:
+    with ranks(tmp_path, 2, ("serve", "-m", "demo", "--port", "0"), {1: "slow-load"}) as started:
+        started[1].wait_for("AT slow-load")
+        started[0].popen.send_signal(signal.SIGINT)
+        assert [each.status() for each in started] == [0, 0], (started[0].said, started[1].said)
+        assert started[0].errors == started[1].errors == []
+
+
 def test_nothing_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     with alone(tmp_path, "serve", "-m", "demo", "--port", "0", "--shards", "2") as process:
         process.wait_for("mlxvlm: demo at ")
@@ -129,11 +151,11 @@ def test_a_shard_that_does_not_end_well_is_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launch, "_marked", list)
     with (
         pytest.raises(RanksError, match=r"rank 1 of 2 \(127.0.0.1\) did not end well, though rank 0 was done"),
-        launch.shards(2, ["no-such-command"]),
+        launch.shards(2, ["no-such-command"]) as started,
     ):
-        pass
-    with launch.shards(2, ["--version"]):
-        pass
+        started.connected()
+    with launch.shards(2, ["--version"]) as started:
+        started.connected()
     assert threading.active_count() < 50
 
 
