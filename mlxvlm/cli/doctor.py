@@ -51,6 +51,8 @@ def add_parser(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
+    if args.shards is not None and (args.shards < 1 or args.model is None):
+        raise UsageError(f"--shards is a number from 1 on, of Macs for -m MODEL; given are {args.shards}, {args.model}")
     from mlxvlm import __version__
     from mlxvlm.checkpoint.estimate import cache_folder
     from mlxvlm.engine import device
@@ -78,8 +80,6 @@ def _report_model(args: argparse.Namespace, usable: int) -> None:
     from mlxvlm.checkpoint.load import LoadOptions
     from mlxvlm.cli.sharing import Sharing
 
-    if args.shards is not None and args.shards < 1:
-        raise UsageError(f"--shards is a number from 1 on, not {args.shards}")
     recipe = recipe_of(LoadOptions(isq=args.isq, isq_tower=args.isq_vision, topology=args.topology))
     need = memory_need(
         args.model, args.revision, args.dtype, recipe, args.mmproj, args.from_uqff, requantize=args.requantize

@@ -78,7 +78,7 @@ class Sharing:
     def _rows(self, count: int) -> Iterator[tuple[str, str]]:
         needs = self.extremes(count)
         others = "rank 1" if count == 2 else f"ranks 1 to {count - 1}, each at most"
-        for title, who, need in zip((f"{count} Macs", ""), ("rank 0", others), needs, strict=False):
+        for title, who, need in zip((_macs(count), ""), ("rank 0", others), needs, strict=False):
             held = size_text(1000 * self.bytes_per_token(need))
             sizes = f"{size_text(need.weights_bytes)}, {size_text(need.loading_bytes)} while loading"
             yield title, f"{who}: {sizes}; KV cache {held} for 1000 tokens"
@@ -87,12 +87,13 @@ class Sharing:
         for tokens in self.contexts:
             totals = " and ".join(size_text(self.total(need, tokens)) for need in needs)
             verdict = "fits" if self.fits(needs, tokens) else "does not fit"
-            yield f"  {tokens} tokens", f"{totals} for weights and KV cache: {verdict} Macs like this one"
+            yield f"  {tokens} tokens", f"{totals} for weights and KV cache: {verdict} {_macs(count)} like this one"
         up_to = min(self.need.kv_specs[0].num_kv_heads, self.most)
-        yield "can share it", f"{self.most} Macs at most; the KV cache of each shrinks up to {up_to}"
+        yield "can share it", f"{_macs(self.most)} at most; the KV cache of each shrinks up to {up_to}"
         for tokens in self.contexts:
             least = self.least(tokens)
-            yield f"  {tokens} tokens", f"{'no number of' if least is None else least} Macs like this one have room"
+            room = "no number of Macs" if least is None else _macs(least)
+            yield f"  {tokens} tokens", f"{room} like this one {'has' if least == 1 else 'have'} room"
 
     def _can_share(self, count: int) -> bool:
         try:
@@ -100,3 +101,7 @@ class Sharing:
         except (UsageError, UnsupportedModelError):
             return False
         return True
+
+
+def _macs(count: int) -> str:
+    return f"{count} Mac" if count == 1 else f"{count} Macs"

@@ -106,9 +106,9 @@ class TestShards:
         whole, *others = re.findall(r"KV cache +([\d.]+) ([kM])B for 1000 tokens", out)
         sizes = [float(size) * (1000 if unit == "M" else 1) for size, unit in (whole, *others)]
         assert sizes[1:] == [pytest.approx(sizes[0] / 4, abs=10)] * 2
-        assert "for weights and KV cache: fits Macs like this one" in out
+        assert "for weights and KV cache: fits 4 Macs like this one" in out
         assert "8 Macs at most; the KV cache of each shrinks up to 4" in out
-        assert "1 Macs like this one have room" in out
+        assert "1 Mac like this one has room" in out
 
     def test_how_many_have_room(self, folder: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
         def total(count: int) -> int:
@@ -121,7 +121,7 @@ class TestShards:
             count = next((str(count) for count, each in enumerate(totals, 1) if each < usable), "no number of")
             monkeypatch.setattr(doctor, "_usable_bytes", lambda machine, usable=usable: usable)
             out = self.rows(capsys, "-m", folder, "--shards", "2")
-            shortest = re.findall(r"^  \d+ tokens +(.+) Macs like this one have room", out, re.MULTILINE)[0]
+            shortest = re.findall(r"^  \d+ tokens +(.+) Macs? like this one ha(?:ve|s) room", out, re.MULTILINE)[0]
             assert shortest == count
 
     def test_what_no_group_fits_is_told_of_all(self, tmp_path: Path, capsys: Capture) -> None:
@@ -129,6 +129,10 @@ class TestShards:
         line = "mlp.down_proj and 1 more, as no group of 4@64 divides 24 inputs"
         for count, times in ((2, 0), (4, 1)):
             assert self.rows(capsys, "-m", str(folder), "--isq", "4@64", "--shards", str(count)).count(line) == times
+
+    def test_without_a_model(self, capsys: Capture) -> None:
+        assert main(["doctor", "--shards", "2"]) == 2
+        assert "of Macs for -m MODEL" in capsys.readouterr().err
 
     def test_refusals(self, folder: str, tmp_path: Path, capsys: Capture) -> None:
         uqff, config = tmp_path / "uqff", config_of("qwen2_vl")
