@@ -59,8 +59,8 @@ class Process:
 
     @property
     def errors(self) -> list[str]:
-        """What it says went wrong, without what MLX has to say of it."""
-        return [line for line in self.said.splitlines() if line.startswith("mlxvlm: error: ")]
+        """What it says went wrong, without what MLX has to say of it, in pieces that others come between."""
+        return re.findall(r"mlxvlm: error: .*", self.said)
 
     def shards(self) -> list[int]:
         """The living processes that it has started with --shards."""
