@@ -85,9 +85,7 @@ class Rows:
         states = [self._states.get(owner, _NO_STATE) for owner in self.batch.owners]
         hidden = self.model(self.model.embed_tokens(token_ids, states), self._pass.layers).flatten(0, 1)
         logits = self.model.logits(hidden if places is None else hidden[mx.array(places)])
-        self._tell(
-            "run", list(token_ids.shape), None if places is None else list(places), self._lengths, arrays=[logits]
-        )
+        self._tell("run", list(token_ids.shape), places, self._lengths, arrays=[logits])
         return logits
 
     def commit(self, counts: Sequence[int] | None = None) -> None:
@@ -113,6 +111,7 @@ class Rows:
 
     def drop(self, owner: int) -> None:
         """Forgets a row, wherever it is."""
+        self._pass = None  # none is under way then, but one that failed holds on to the rows' buffers
         self._alone.pop(owner, None)
         self._prompts.pop(owner, None)
         self._states.pop(owner, None)

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 import mlxvlm
+from mlxvlm.agent.formats import tool_format
 from mlxvlm.engine.engine import Engine
 from mlxvlm.server.app import create_app
 from mlxvlm.server.models import SingleModel
@@ -36,6 +37,14 @@ def demo_engine() -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def demo_url(demo_engine: Engine) -> Iterator[str]:
     with serving(create_app(SingleModel("demo", demo_engine))) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def calling_url(demo_engine: Engine) -> Iterator[str]:
+    """The demo model, and how it writes calls of tools."""
+    tools = tool_format(demo_engine.processor.template, demo_engine.processor.tokenizer)
+    with serving(create_app(SingleModel("demo", demo_engine, tools))) as url:
         yield url
 
 

@@ -30,15 +30,8 @@ FUNCTION = {"name": "paint", "parameters": SCHEMA}
 
 
 @pytest.fixture(scope="module")
-def url(demo_engine: Engine) -> Iterator[str]:
-    tools = tool_format(demo_engine.processor.template, demo_engine.processor.tokenizer)
-    with serving(create_app(SingleModel("demo", demo_engine, tools))) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with client_of(url) as client:
+def client(calling_url: str) -> Iterator[openai.OpenAI]:
+    with client_of(calling_url) as client:
         yield client
 
 
@@ -84,7 +77,7 @@ def test_in_responses(client: openai.OpenAI) -> None:
         respond([result], previous_response_id=last.response.id)
 
 
-def test_in_messages(url: str) -> None:
+def test_in_messages(calling_url: str) -> None:
     tool: Any = {"name": "paint", "input_schema": SCHEMA}
     fields: Any = {
         "model": "default",
@@ -93,7 +86,7 @@ def test_in_messages(url: str) -> None:
         "tool_choice": {"type": "tool", "name": "paint"},
         "max_tokens": 42,
     }
-    with anthropic.Anthropic(api_key="EMPTY", base_url=url, max_retries=0, timeout=60) as client:
+    with anthropic.Anthropic(api_key="EMPTY", base_url=calling_url, max_retries=0, timeout=60) as client:
         whole: Any = client.messages.create(**fields)
         with client.messages.stream(**fields) as stream:
             written = "".join(event.partial_json for event in stream if event.type == "input_json")

@@ -12,16 +12,12 @@ import httpx2
 import pydantic
 import pytest
 
-from mlxvlm.agent.formats import tool_format
-from mlxvlm.engine.engine import Engine
 from mlxvlm.server.answering import Patience
-from mlxvlm.server.app import create_app
 from mlxvlm.server.guard import Guard
-from mlxvlm.server.models import SingleModel
 from mlxvlm.server.settings import ServerSettings
 from tests.fakes import FakeModel, Gate, answer, eventually, fake_engine, is_empty
 from tests.server.asgi import fetch
-from tests.server.serving import client_of, serving
+from tests.server.serving import client_of
 from tests.server.test_chat import PICTURE, create, look
 from tests.server.test_leaving import LONG, HeldProcessor, connected, read_until, served, slow
 
@@ -45,15 +41,8 @@ def anthropics(url: str) -> anthropic.Anthropic:
 
 
 @pytest.fixture(scope="module")
-def url(demo_engine: Engine) -> Iterator[str]:
-    tools = tool_format(demo_engine.processor.template, demo_engine.processor.tokenizer)
-    with serving(create_app(SingleModel("demo", demo_engine, tools))) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[anthropic.Anthropic]:
-    with anthropics(url) as client:
+def client(calling_url: str) -> Iterator[anthropic.Anthropic]:
+    with anthropics(calling_url) as client:
         yield client
 
 
@@ -81,9 +70,9 @@ def told(message: Any) -> dict[str, Any]:
     return fields
 
 
-def test_it_answers_as_chat_completions_do(client: anthropic.Anthropic, url: str) -> None:
+def test_it_answers_as_chat_completions_do(client: anthropic.Anthropic, calling_url: str) -> None:
     message = ask(client, shown(IMAGE, text("What do you see?")))
-    with client_of(url) as other:
+    with client_of(calling_url) as other:
         chat = create(other, look(str(PICTURE)), max_tokens=32)
     assert message.content[0].text == chat.choices[0].message.content
     assert (message.stop_reason, message.stop_sequence, message.model) == ("end_turn", None, "demo")
@@ -94,7 +83,7 @@ def test_it_answers_as_chat_completions_do(client: anthropic.Anthropic, url: str
     assert told(ask(client, by_url)) == told(message)
 
 
-def test_a_whole_chat(client: anthropic.Anthropic, url: str) -> None:
+def test_a_whole_chat(client: anthropic.Anthropic, calling_url: str) -> None:
     messages = [
         {"role": "user", "content": "Hello!"},
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": ""}, text("Hello.")]},
@@ -115,7 +104,7 @@ def test_a_whole_chat(client: anthropic.Anthropic, url: str) -> None:
         {"role": "assistant", "content": "Hello."},
         {"role": "user", "content": "Who are you?"},
     ]
-    with client_of(url) as other:
+    with client_of(calling_url) as other:
         whole = create(other, chat, max_tokens=32)
     assert message.content[0].text == whole.choices[0].message.content
 
@@ -156,7 +145,7 @@ def test_a_stop_sequence_is_told(client: anthropic.Anthropic) -> None:
     assert ask(client, stop_sequences=["never"]).stop_sequence is None
 
 
-def test_tools_from_the_use_to_the_answer(client: anthropic.Anthropic, url: str) -> None:
+def test_tools_from_the_use_to_the_answer(client: anthropic.Anthropic, calling_url: str) -> None:
     chosen = {"type": "tool", "name": "paint"}
     first = ask(client, [{"role": "user", "content": "Paint!"}], tools=[TOOL], tool_choice=chosen, max_tokens=99)
     (use,) = first.content
@@ -172,7 +161,7 @@ def test_tools_from_the_use_to_the_answer(client: anthropic.Anthropic, url: str)
         *look(str(PICTURE)),
     ]
     function = {"name": "paint", "description": "Paints.", "parameters": TOOL["input_schema"]}
-    with client_of(url) as other:
+    with client_of(calling_url) as other:
         whole = create(other, chat, tools=[{"type": "function", "function": function}], max_tokens=12)
     assert message.content[0].text == whole.choices[0].message.content
     assert message.usage.input_tokens + message.usage.cache_read_input_tokens == whole.usage.prompt_tokens
@@ -230,12 +219,12 @@ def test_what_is_refused_is_named(
     assert words in error["error"]["message"] or words == "picture"
 
 
-def test_other_errors(client: anthropic.Anthropic, url: str) -> None:
+def test_other_errors(client: anthropic.Anthropic, calling_url: str) -> None:
     with pytest.raises(anthropic.NotFoundError) as caught:
         client.messages.create(model="claude", messages=HELLO, max_tokens=5)  # type: ignore[arg-type]
     assert caught.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
-    assert httpx2.get(f"{url}/v1/messages").json()["type"] == "error"
-    missing = httpx2.post(f"{url}/v1/messages", json={"model": "default", "messages": HELLO})
+    assert httpx2.get(f"{calling_url}/v1/messages").json()["type"] == "error"
+    missing = httpx2.post(f"{calling_url}/v1/messages", json={"model": "default", "messages": HELLO})
     assert (missing.status_code, "max_tokens" in missing.json()["error"]["message"]) == (400, True)
 
 
