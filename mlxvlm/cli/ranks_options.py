@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_ranks_options(parser: argparse.ArgumentParser) -> None:
-    """--shards, --rank-timeout, --rank-start-timeout."""
+    """--shards, --rank-timeout and their kin."""
     group = parser.add_argument_group("a model that several Macs share (docs/scale.md)")
     group.add_argument(
         "--shards", type=int, metavar="N", help="run it in N processes on this machine, to try out what Macs would do"
