@@ -18,6 +18,7 @@ from mlxvlm.ranks.leader import LeaderRows
 from mlxvlm.ranks.place import Place, find_place
 
 FOR_EVER_S = 600.0
+_connected = group._connected
 
 
 def say() -> None:
@@ -29,6 +30,13 @@ def hang(*args: Any) -> NoReturn:
     say()
     time.sleep(FOR_EVER_S)
     raise AssertionError("nobody ended this process")
+
+
+def connect_slowly(place: Place) -> Any:
+    """As over a slow network."""
+    say()
+    time.sleep(1.0)
+    return _connected(place)
 
 
 def fail(*args: Any) -> NoReturn:
@@ -54,6 +62,7 @@ def without_addresses(environ: Mapping[str, str]) -> Place | None:
 FAULTS = {
     "no-addresses": (place, "find_place", without_addresses),
     "no-connection": (group, "_connected", hang),
+    "slow-connection": (group, "_connected", connect_slowly),
     "load": (roles, "_shard", hang),
     "slow-load": (roles, "_shard", load_for_ever),
     "bad-load": (roles, "_shard", fail),

@@ -16,10 +16,6 @@ from mlxvlm.ranks.place import Place
 HERE = Place(0, 2, "ring", (("127.0.0.1", 4000), ("127.0.0.1", 4001)))
 
 
-def nothing() -> None:
-    pass
-
-
 class Alone:
     """In the place of mx.distributed: a sum of one part."""
 
@@ -41,7 +37,7 @@ def confirm(said: Any) -> None:
     with ours, theirs:
         if said is not None:
             theirs.sendall(said)
-        group._confirm(HERE, Alone(), [ours], nothing)  # type: ignore[arg-type]
+        group._confirm(HERE, Alone(), [ours])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +66,7 @@ def test_the_token_is_another_each_time(monkeypatch: pytest.MonkeyPatch) -> None
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for _ in range(2):
-            group._confirm(HERE, Alone(), [ours], nothing)  # type: ignore[arg-type]
+            group._confirm(HERE, Alone(), [ours])  # type: ignore[arg-type]
     assert len(set(told)) == 2
     assert all(len(each) == 32 for each in told)
 
