@@ -11,11 +11,11 @@ import errno
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from mlxvlm.errors import RanksError
+from mlxvlm.errors import EngineClosedError, RanksError
 from mlxvlm.ranks.frames import BadFrameError, Decoder, encode
 from mlxvlm.ranks.place import Address, Place
 
@@ -24,6 +24,8 @@ _MAX_HELLO_BYTES = 4096
 _HELLO_S = 2.0  # for a hello, once connected
 _READ_BYTES = 4096
 _GREETING = "mlxvlm"
+_GO = {"go": True}
+_OVER = {"over": True}  # rank 0 was interrupted, which is no failure
 
 
 Terms = Mapping[str, str]  # what must be alike on all ranks, in words for a message
@@ -59,10 +61,13 @@ def gather(listener: socket.socket, place: Place, terms: Terms, deadline_s: floa
                     raise RanksError(_missing(place, come, deadline_s))
                 _let_in(listener, place, terms, come)
         for connection in come.values():
-            connection.sendall(encode({"go": True}))
+            connection.sendall(encode(_GO))
     except OSError as error:
         _turn_away(come, text := f"{place.name()}: the ranks could not meet: {error.strerror or error}")
         raise RanksError(text) from error
+    except EngineClosedError:
+        _say(come.values(), _OVER)
+        raise
     except BaseException as error:
         _turn_away(come, str(error) or f"{place.name()} was interrupted")
         raise
@@ -70,7 +75,10 @@ def gather(listener: socket.socket, place: Place, terms: Terms, deadline_s: floa
 
 
 def report(leader: Address, place: Place, terms: Terms, deadline_s: float, check: Check) -> socket.socket:
-    """The connection to rank 0, when it says that all have come. Raises RanksError."""
+    """The connection to rank 0, when it says that all have come.
+
+    Raises RanksError, EngineClosedError where rank 0 was interrupted.
+    """
     until = time.monotonic() + deadline_s
     connection, why = None, ""
     while connection is None:
@@ -86,7 +94,9 @@ def report(leader: Address, place: Place, terms: Terms, deadline_s: float, check
         connection.sendall(encode({"hello": _GREETING, "rank": place.index, "terms": dict(terms)}))
         # Rank 0, whose time may have begun later, knows better who is missing.
         answer = first_message(connection, time.monotonic() + deadline_s + _HELLO_S, check)
-        if answer != {"go": True}:
+        if answer == _OVER:
+            raise EngineClosedError(f"{place.name(0)} was interrupted before all had come")
+        if answer != _GO:
             text = answer.get("refused") if isinstance(answer, dict) else None
             raise RanksError(str(text or f"what answers as {place.name(0)} is no mlxvlm"))
     except OSError as error:
@@ -155,13 +165,19 @@ def _compare(place: Place, index: int, terms: Terms, theirs: Any) -> None:
 
 
 def _refuse(connection: socket.socket, text: str) -> None:
-    with connection, suppress(OSError):
-        connection.sendall(encode({"refused": text[:1000]}))
+    _say([connection], {"refused": text[:1000]})
 
 
 def _turn_away(come: Mapping[int, socket.socket], text: str) -> None:
     for connection in come.values():
         _refuse(connection, text)
+
+
+def _say(connections: Iterable[socket.socket], last: Mapping[str, Any]) -> None:
+    """And closes them."""
+    for connection in connections:
+        with connection, suppress(OSError):
+            connection.sendall(encode(last))
 
 
 def _connected(leader: Address) -> tuple[socket.socket | None, str]:

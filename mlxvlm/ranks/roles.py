@@ -120,7 +120,10 @@ def take_part(
     """
     name = member.place.name()
     _log.info("%s waits for the others", name)
-    group = join(member.place, terms, member.start_timeout_s, member.check)
+    try:
+        group = join(member.place, terms, member.start_timeout_s, member.check)
+    except EngineClosedError as interrupted:
+        raise SystemExit(0) from interrupted
     wire = Wire(group.place, group.connections[0], member.timeout_s)
 
     def progress(done: int, total: int) -> None:

@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from mlxvlm.cli import main
-from mlxvlm.ranks import group, place, roles
+from mlxvlm.ranks import group, meeting, place, roles
 from mlxvlm.ranks.follower import FollowerRows
 from mlxvlm.ranks.leader import LeaderRows
 from mlxvlm.ranks.place import Place, find_place
 
 FOR_EVER_S = 600.0
-_connected = group._connected
+_connected, _introduced = group._connected, meeting._introduced
 
 
 def say() -> None:
@@ -37,6 +37,13 @@ def connect_slowly(place: Place) -> Any:
     say()
     time.sleep(1.0)
     return _connected(place)
+
+
+def greet(*args: Any) -> int:
+    """One who came."""
+    index = _introduced(*args)
+    say()
+    return index
 
 
 def fail(*args: Any) -> NoReturn:
@@ -61,6 +68,7 @@ def without_addresses(environ: Mapping[str, str]) -> Place | None:
 
 FAULTS = {
     "no-addresses": (place, "find_place", without_addresses),
+    "greeting": (meeting, "_introduced", greet),
     "no-connection": (group, "_connected", hang),
     "slow-connection": (group, "_connected", connect_slowly),
     "load": (roles, "_shard", hang),

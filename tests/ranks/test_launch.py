@@ -113,6 +113,15 @@ def test_ctrl_c_while_a_server_starts(pause_s: float, tmp_path: Path) -> None:
         assert gone(process)
 
 
+def test_ctrl_c_before_all_have_come(tmp_path: Path) -> None:
+    words = ("serve", "-m", "demo", "--port", "0")
+    with ranks(tmp_path, 3, words, {0: "greeting"}, present=(0, 1)) as started:
+        started[0].wait_for("AT greeting")
+        started[0].popen.send_signal(signal.SIGINT)
+        assert [each.status() for each in started] == [0, 0], (started[0].said, started[1].said)
+        assert started[0].errors == started[1].errors == []
+
+
 def test_ctrl_c_while_mlx_connects_the_ranks(tmp_path: Path) -> None:
     with ranks(tmp_path, 2, ("serve", "-m", "demo", "--port", "0"), {0: "slow-connection"}) as started:
         started[0].wait_for("AT slow-connection")

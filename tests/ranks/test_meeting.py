@@ -13,7 +13,7 @@ import pytest
 from mlxvlm.errors import EngineClosedError, RanksError
 from mlxvlm.ranks import meeting
 from mlxvlm.ranks.frames import Decoder, encode
-from mlxvlm.ranks.meeting import first_message, gather, listen, report
+from mlxvlm.ranks.meeting import Check, first_message, gather, listen, report
 from mlxvlm.ranks.place import Place
 
 TERMS = {"mlxvlm": "1", "the model": "abc"}
@@ -41,16 +41,18 @@ class Party:
     def place(self, index: int) -> Place:
         return Place(index, self.count, "ring", tuple(("127.0.0.1", self.port + each) for each in range(self.count)))
 
-    def start(self, index: int, terms: dict[str, str] = TERMS, deadline_s: float = LONG_S) -> None:
+    def start(
+        self, index: int, terms: dict[str, str] = TERMS, deadline_s: float = LONG_S, check: Check = nothing
+    ) -> None:
         place = self.place(index)
         assert place.leader is not None
         leader = place.leader
 
         def lead() -> list[socket.socket]:
-            return gather(listen(leader, place), place, terms, deadline_s, nothing)
+            return gather(listen(leader, place), place, terms, deadline_s, check)
 
         def come() -> list[socket.socket]:
-            return [report(leader, place, terms, deadline_s, nothing)]
+            return [report(leader, place, terms, deadline_s, check)]
 
         self._threads.append(threading.Thread(target=self._note, args=(index, come if index else lead)))
         self._threads[-1].start()
@@ -58,7 +60,7 @@ class Party:
     def _note(self, index: int, work: Callable[[], list[socket.socket]]) -> None:
         try:
             self.outcomes[index] = work()
-        except RanksError as error:
+        except (RanksError, EngineClosedError) as error:
             self.outcomes[index] = str(error)
 
     def end(self) -> dict[int, Any]:
@@ -201,6 +203,27 @@ def test_waiting_can_be_ended(party: Party) -> None:
         gather(listen(place.leader, place), place, TERMS, LONG_S, check)
     with pytest.raises(EngineClosedError):
         report(place.leader, party.place(1), TERMS, LONG_S, check)
+
+
+def test_who_has_come_hears_of_an_interruption(monkeypatch: pytest.MonkeyPatch, party: Party) -> None:
+    has_come = threading.Event()
+
+    def introduced(*args: Any) -> int:
+        has_come.set()
+        return _introduced(*args)
+
+    def check() -> None:
+        if has_come.is_set():
+            raise EngineClosedError("loading was interrupted")
+
+    _introduced = meeting._introduced
+    monkeypatch.setattr(meeting, "_introduced", introduced)
+    party.start(0, check=check)
+    party.start(1)
+    assert party.end() == {
+        0: "loading was interrupted",
+        1: "rank 0 of 3 (127.0.0.1) was interrupted before all had come",
+    }
 
 
 def test_a_port_that_connects_to_itself_is_nobody(monkeypatch: pytest.MonkeyPatch, party: Party) -> None:
