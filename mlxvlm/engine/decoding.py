@@ -85,10 +85,9 @@ class Decoding:
         """Rows neither in the batch nor with their last token on its way would never end."""
         under_way = {row.id for row in self.pending.rows} if self.pending is not None else set()
         on_their_way = under_way.union(self._runner.batch.owners)
-        self._ends.fail(
-            [row for row in decoding if row.id not in on_their_way],
-            InternalError("the request has lost its keys and values"),
-        )
+        lost = [row for row in decoding if row.id not in on_their_way]
+        if lost:
+            self._ends.fail(lost, InternalError("the request has lost its keys and values"))
 
     def _read_pending(self) -> None:
         step, self.pending = self.pending, None

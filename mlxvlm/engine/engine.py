@@ -265,9 +265,10 @@ class Engine(Asking):
         self._ranks.pulse(idle)
         left = min(max(self._next_deadline - time.perf_counter(), 0.0), _LONGEST_SLEEP_S)
         with suppress(queue.Empty):
-            while True:
-                self._commands.get(block=idle, timeout=left if self._next_deadline < math.inf else None)()
-                idle = False
+            if idle:
+                self._commands.get(timeout=left if self._next_deadline < math.inf else None)()
+            while not self._commands.empty():
+                self._commands.get_nowait()()
 
     def _tick(self) -> None:
         self._expire()

@@ -184,7 +184,7 @@ class ModelRunner:
         assert step.logits is not None
         sampled = sample(step.logits, [row.sampler for row in step.rows], masks)
         mx.async_eval(*sampled.arrays)
-        return replace(step, sampled=sampled, logits=None)
+        return Step(step.rows, sampled)
 
     def verify(self, sequences: Seq[Sequence], drafts: Mapping[int, Seq[int]]) -> Verification:
         """Starts a pass over guesses of rows, by row. All rows of the batch, and all their tokens read."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import deque
+import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 
@@ -21,8 +20,9 @@ class Stream:
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
         self._on_cancel = on_cancel
-        self._items: deque[Delta | BaseException] = deque()
-        self._ready = threading.Condition()
+        # Not a Condition: a reader's wake-up takes its time from the thread that decodes, and this one is done in C.
+        self._items: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
+        # Set before it looks whether there is anything, and looked at after something is put: nothing is missed.
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._ended = False
         self.prompt_token_ids: tuple[int, ...] | None = None  # known when the prompt is made
@@ -38,21 +38,18 @@ class Stream:
 
     def put(self, item: Delta | BaseException) -> None:
         """Called by the engine; never blocks."""
-        with self._ready:
-            self._items.append(item)
+        self._items.put(item)
         self._wake()
 
     async def prepared(self) -> None:
         """Waits until the prompt is made, or the answer has ended before; to be awaited before iterating."""
         async with self._woken() as event:
-            while self.prompt_token_ids is None and not self._items:
+            while self.prompt_token_ids is None and self._items.empty():
                 await event.wait()
                 event.clear()
 
     def _wake(self) -> None:
-        with self._ready:
-            self._ready.notify_all()
-            waiter = self._waiter
+        waiter = self._waiter
         if waiter is not None:
             loop, event = waiter
             # A loop that is closed, or is being closed, has no listener any more.
@@ -61,19 +58,16 @@ class Stream:
 
     def __iter__(self) -> Iterator[Delta]:
         while not self._ended:
-            with self._ready:
-                while not self._items:
-                    self._ready.wait()
-            yield self._take()
+            yield self._read(self._items.get())
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
             async with self._woken() as event:
                 while not self._ended:
-                    while not self._items:
+                    while self._items.empty():
                         await event.wait()
                         event.clear()
-                    yield self._take()
+                    yield self._read(self._items.get())
         finally:
             if not self._ended:
                 self.cancel()
@@ -82,17 +76,13 @@ class Stream:
     async def _woken(self) -> AsyncIterator[asyncio.Event]:
         """An event of this loop that is set by whatever comes."""
         event = asyncio.Event()
-        with self._ready:
-            self._waiter = (asyncio.get_running_loop(), event)
+        self._waiter = (asyncio.get_running_loop(), event)
         try:
             yield event
         finally:
-            with self._ready:
-                self._waiter = None
+            self._waiter = None
 
-    def _take(self) -> Delta:
-        with self._ready:
-            item = self._items.popleft()
+    def _read(self, item: Delta | BaseException) -> Delta:
         if isinstance(item, BaseException):
             self._ended = True
             raise item

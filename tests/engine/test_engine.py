@@ -162,7 +162,7 @@ def test_nothing_comes_after_the_end() -> None:
         assert list(stream)[-1].finish_reason == "stop"
         other.result()
         engine.generate(ask([2], 2))  # the step on its way has been read by now
-        assert not stream._items
+        assert stream._items.empty()
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 8])

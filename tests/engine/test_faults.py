@@ -188,7 +188,7 @@ def test_a_consumer_that_never_reads_holds_up_nobody() -> None:
         unread = [engine.submit(ask([number], 50)) for number in range(1, 6)]
         assert ids_of(engine.generate(ask([7], 60))) == answer([7], 60)
         assert returns_to(engine, floor)
-        assert [len(stream._items) for stream in unread] == [50] * 5
+        assert [stream._items.qsize() for stream in unread] == [50] * 5
         assert ids_of(unread[2].result()) == answer([3], 50)
 
 
