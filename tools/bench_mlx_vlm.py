@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from bench_worker import least, median_gap, serve
+from bench_worker import by_thread, least, median_gap, serve
 
 SIDE = 336  # pixels of a Llama 4 tile
 INPUTS = ("input_ids", "pixel_values", "attention_mask")
@@ -115,6 +115,12 @@ class Work:
             if len(answers) == rows:
                 times.append(time.perf_counter())
         return median_gap(times)
+
+    def threads(self, length: int, rows: int) -> list[float]:
+        """See by_thread."""
+        if rows > 1:
+            return by_thread(lambda tokens: self.rows(length, tokens, rows), 8, 32)
+        return by_thread(lambda tokens: self.step(length, tokens), 20, 220)
 
     def prefill(self, ids: list[int]) -> float:
         """Up to the first token."""

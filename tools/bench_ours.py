@@ -7,7 +7,7 @@ import threading
 import time
 
 import mlx.core as mx
-from bench_worker import least, median_gap, serve
+from bench_worker import by_thread, least, median_gap, serve
 from PIL import Image
 
 from mlxvlm import load
@@ -69,6 +69,12 @@ class Work:
         for reader in readers:
             reader.join()
         return median_gap(times)
+
+    def threads(self, length: int, rows: int) -> list[float]:
+        """See by_thread."""
+        if rows > 1:
+            return by_thread(lambda tokens: self.rows(length, tokens, rows), 8, 32)
+        return by_thread(lambda tokens: self.step(length, tokens), 20, 220)
 
     def prefill(self, ids: list[int]) -> float:
         sampling = SamplingParams(max_tokens=1, ignore_eos=True)

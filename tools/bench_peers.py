@@ -31,7 +31,7 @@ TOOLS = Path(__file__).resolve().parent
 SIZES = {"336": (336, 336), "1080p": (1920, 1080), "12MP": (4000, 3000), "112": (112, 112)}  # (width, height)
 SMALL, LENGTH, TOKENS, ROWS = "336", 128, 32, 8
 TINY = "112"  # of the cold run, whose subject is starting and not the tower
-FIGURES = ("startup", "cold", "preprocess", "vision", "prefill", "decode", "question", "mistralrs")
+FIGURES = ("startup", "cold", "preprocess", "vision", "prefill", "decode", "question", "threads", "mistralrs")
 Json = dict[str, Any]
 Timed = Callable[[], float]
 
@@ -176,11 +176,24 @@ def computing(family: str, python: Path, work: Path, args: argparse.Namespace) -
             found["decode_1"] = turns("step", length=LENGTH, tokens=TOKENS)
             found[f"decode_{ROWS}"] = turns("rows", length=LENGTH, tokens=TOKENS, rows=ROWS)
             found["decode_picture"] = turns("picture_step", image=image, tokens=TOKENS)
+        if "threads" in args.only:
+            for rows in (1, ROWS):
+                found |= threads(peers, rows, args.rounds)
         if "question" in args.only:
             found |= questions(peers, work, args.rounds)
     finally:
         for peer in peers:
             peer.close()
+    return found
+
+
+def threads(peers: Sequence[Peer], rows: int, rounds: int) -> Json:
+    """A decode step by the clock, and CPU time of the thread that computes and of the one that asks for it."""
+    both = [[peer("threads", length=8, rows=rows) for peer in peers] for _ in range(rounds)]
+    found = {}
+    for place, name in enumerate(("wall", "computing", "asking")):
+        ours, theirs = (statistics.median(turn[which][place] for turn in both) for which in range(2))
+        found[f"threads_{rows}_{name}"] = {"ours_s": ours, "theirs_s": theirs, "ratio": ours / theirs}
     return found
 
 
@@ -236,7 +249,7 @@ def measure(args: argparse.Namespace, work: Path) -> Json:
     for family in args.family:
         if "preprocess" in args.only:
             keep(preprocess(family, args.mlx_vlm, work, args), f"{family}_")
-        if {"vision", "prefill", "decode", "question"} & set(args.only):
+        if {"vision", "prefill", "decode", "question", "threads"} & set(args.only):
             keep(computing(family, args.mlx_vlm, work, args), f"{family}_")
         if "mistralrs" in args.only and args.mistralrs is not None:
             keep(beside_mistralrs(family, work, args), f"{family}_")

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,31 @@ def least(work: Callable[[], Any], times: int = 5) -> float:
         work()
         seconds.append(time.perf_counter() - begun)
     return min(seconds)
+
+
+def by_thread(work: Callable[[int], Any], few: int, many: int) -> list[float]:
+    """Seconds a token: by the clock, and CPU time of the busiest thread and the next. Linux only.
+
+    work: of so many tokens; what it does before the first cancels out.
+    """
+
+    def spent(tokens: int) -> list[float]:
+        before, begun = _thread_s(), time.perf_counter()
+        work(tokens)
+        wall, after = time.perf_counter() - begun, _thread_s()
+        return [wall, *sorted((seconds - before.get(name, 0.0) for name, seconds in after.items()), reverse=True)[:2]]
+
+    spent(few)  # warms up
+    return [(long - short) / (many - few) for short, long in zip(spent(few), spent(many), strict=True)]
+
+
+def _thread_s() -> dict[str, float]:
+    """CPU seconds of each thread of this process."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has just ended
+            found[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    return found
 
 
 def median_gap(times: list[float]) -> float:
