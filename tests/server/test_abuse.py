@@ -47,7 +47,7 @@ def others_notice_nothing(
 ) -> Iterator[None]:
     """A stream beside the test arrives unchanged; all that the test took is given back; no frames are logged."""
     server.chat(messages=hostile.HELLO, max_tokens=2)
-    beside = Beside(server, 600 if pytestconfig.getoption("--abuse") else 200)
+    beside = Beside(server, 600 if pytestconfig.getoption("--abuse") else 80)
     before = floor(server)
     with beside:
         yield
