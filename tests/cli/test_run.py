@@ -343,8 +343,8 @@ def test_both_outputs_tell_the_same_first_token_time(capsys: Capture, monkeypatc
 # Says on stderr that it has the first token, and can be interrupted.
 BEGUN = """
 import sys, mlxvlm.cli, mlxvlm.engine.stream as engine
-take = engine.Stream._take
-engine.Stream._take = lambda stream: (print("begun", file=sys.stderr, flush=True), take(stream))[1]
+read = engine.Stream._read
+engine.Stream._read = lambda *given: (print("begun", file=sys.stderr, flush=True), read(*given))[1]
 sys.exit(mlxvlm.cli.main(sys.argv[1:]))
 """
 
