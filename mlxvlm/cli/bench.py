@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import threading
 import time
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from mlxvlm.cli.engine_options import add_engine_options, engine_options, start_engine
 from mlxvlm.cli.options import add_model_options, add_quantisation_options, open_source, size_text
 from mlxvlm.cli.progress import byte_bar
-from mlxvlm.errors import ContextLengthError, UsageError
+from mlxvlm.errors import ContextLengthError, MlxvlmError, UsageError
 
 if TYPE_CHECKING:
     from mlxvlm.checkpoint.load import ModelSource
     from mlxvlm.engine.engine import Engine
     from mlxvlm.engine.request import Request, Usage
+    from mlxvlm.engine.stream import Stream
 
 _INTERRUPTED = 130
 _TEXT = "The quick brown fox jumps over the lazy dog, while 42 zebras watch from a hill in the rain. "
@@ -31,7 +33,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure a model's speed on this machine",
-        description="Measure loading, time to first token, prefill, decode and pictures. Ctrl-C prints what there is.",
+        description="Measure loading, time to first token, prefill, decode and pictures. Ctrl-C prints what there is. "
+        "Nothing is guessed but with --draft-tokens or --draft-model.",
         usage="%(prog)s [options] -m MODEL",
     )
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 512, 2048], metavar="N")
@@ -50,15 +53,23 @@ def add_parser(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Runs the command; raises MlxvlmError."""
+    from mlxvlm.processors.sources import DEFAULT_LIMITS
+
     for name in ("prompt_tokens", "batch", "image_size", "tokens", "repeat"):
         given = getattr(args, name)
         for number in given if isinstance(given, list) else [given]:
             if not 1 <= number <= 1_000_000:
                 raise UsageError(f"--{name.replace('_', '-')} takes numbers from 1 to 1000000, not {number}")
+    if args.tokens == 1:
+        raise UsageError("--tokens takes numbers from 2: the first token ends the prompt, decoding begins after it")
+    if max(args.image_size) > (side := math.isqrt(DEFAULT_LIMITS.max_pixels)):
+        raise UsageError(f"--image-size takes numbers up to {side}: larger pictures are refused")
     options = engine_options(args)
     options["max_rows"] = max(args.batch)
-    found: dict[str, Any] = _machine(args)
-    code = 0
+    if args.draft_tokens is None and args.draft_model is None:
+        options["speculation"] = "off"  # a text that repeats itself is guessed better than what people ask for
+    found: dict[str, Any] = _machine(args) | {"speculation": options.get("speculation", "on")}
+    code, failure = 0, None
     begun = time.perf_counter()
     source = open_source(args)
     with byte_bar("loading") as progress, start_engine(args, source, progress, options) as engine:
@@ -70,9 +81,13 @@ def execute(args: argparse.Namespace) -> int:
                     print(f"{name}: done", file=sys.stderr)
         except KeyboardInterrupt:
             code = _INTERRUPTED
+        except MlxvlmError as error:  # what was measured before is told all the same
+            code, failure = error.exit_code, error
         found["peak_memory_bytes"] = engine.memory().peak_bytes
     found["is_complete"] = code == 0
     print(json.dumps(found) if args.json else _table(found))
+    if failure is not None:
+        raise failure
     return code
 
 
@@ -106,9 +121,10 @@ def _measure(args: argparse.Namespace, source: ModelSource, engine: Engine) -> I
         usages = [engine.generate(prompts.text(length, 1)).usage for _ in range(args.repeat)]
         yield f"prefill_{length}_tokens_per_s", median(usage.prompt_tokens_per_s for usage in usages)
     for rows in args.batch:
-        if _DECODE_PROMPT + args.tokens <= source.max_context:
+        if _DECODE_PROMPT + args.tokens + max(_head_starts(engine, rows)) <= source.max_context:
             steps = [_step_s(engine, prompts, rows, args.tokens) for _ in range(args.repeat)]
-            yield f"decode_{rows}_rows_tokens_per_s", rows / median(steps)
+            fitting = [step for step in steps if step is not None]
+            yield f"decode_{rows}_rows_tokens_per_s", rows / median(fitting) if fitting else None
     if hasattr(source.processor, "prepare_image"):
         for side in args.image_size:
             usages = [usage for _ in range(args.repeat) if (usage := _picture(engine, prompts, side))]
@@ -148,23 +164,51 @@ class _Prompts:
         from mlxvlm.engine.request import Request
         from mlxvlm.messages import user
 
-        noise = Random(next(self._number)).randbytes(3 * side * side)
+        random = Random(next(self._number))
+        noise = b"".join(random.randbytes(3 * side) for _ in range(side))
         picture = Image.frombytes("RGB", (side, side), noise)
         return Request([user("What is this?", [picture])], SamplingParams(max_tokens=1, ignore_eos=True))
 
 
-def _step_s(engine: Engine, prompts: _Prompts, rows: int, tokens: int) -> float:
-    """Seconds of a decode step: the median gap of the stream that begins last."""
-    streams = [engine.submit(prompts.text(_DECODE_PROMPT, tokens)) for _ in range(rows)]
-    readers = [threading.Thread(target=stream.result, daemon=True) for stream in streams[:-1]]
-    for reader in readers:
-        reader.start()
-    # Several tokens may come at once where the engine guesses.
-    times = [(time.perf_counter(), len(delta.token_ids)) for delta in streams[-1]]
+def _head_starts(engine: Engine, rows: int) -> list[int]:
+    """Tokens that each row has at most when the last row's prompt is done: a chunk of a prompt goes with each step."""
+    ticks = 1 + math.ceil(_DECODE_PROMPT / engine.config.prefill_chunk_while_decoding)  # one more to begin
+    return [ticks * others for others in reversed(range(rows))]
+
+
+def _step_s(engine: Engine, prompts: _Prompts, rows: int, tokens: int) -> float | None:
+    """Seconds of a decode step: the median gap of the stream that begins last, beside which all others go on.
+
+    None where they don't, as memory holds fewer.
+    """
+    from mlxvlm.engine.stream import collect
+
+    ends: list[float] = []
+
+    def read(stream: Stream, begun: float) -> None:
+        ends.append(begun + stream.result().usage.total_s)
+
+    requests = [prompts.text(_DECODE_PROMPT, tokens + more) for more in _head_starts(engine, rows)]
+    readers = []
+    for request in requests[:-1]:
+        readers.append(threading.Thread(target=read, args=(engine.submit(request), time.perf_counter()), daemon=True))
+        readers[-1].start()
+    begun, deltas, times = time.perf_counter(), [], []
+    for delta in engine.submit(requests[-1]):
+        deltas.append(delta)
+        times.append(time.perf_counter())
     for reader in readers:
         reader.join()
-    gaps = [(late - early) / number for (early, _), (late, number) in pairwise(times) if number]
-    return median(gaps) if gaps else float("nan")
+    last = collect(deltas).usage
+    if any(end < begun + last.time_to_first_token_s for end in ends):
+        return None
+    # Several tokens may come at once where the engine guesses.
+    gaps = [gap / len(delta.token_ids) for gap, delta in zip(_gaps(times), deltas[1:], strict=True) if delta.token_ids]
+    return median(gaps) if gaps else None
+
+
+def _gaps(times: list[float]) -> list[float]:
+    return [late - early for early, late in pairwise(times)]
 
 
 def _picture(engine: Engine, prompts: _Prompts, side: int) -> Usage | None:
@@ -198,7 +242,8 @@ def _table(found: dict[str, Any]) -> str:
 
 def _cell(name: str, value: Any) -> str:
     if value is None:
-        return "does not fit into the context" if name.startswith("image") else "-"
+        reasons = {"image": "does not fit into the context", "decode": "so many don't fit into the memory at once"}
+        return reasons.get(name.partition("_")[0], "-")
     if isinstance(value, dict):
         seconds = (f"{key.removesuffix('_s').replace('_', ' ')} {1000 * value[key]:.1f} ms" for key in list(value)[1:])
         return f"{value['tokens']} tokens, {', '.join(seconds)}"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from mlxvlm import load
 from mlxvlm.checkpoint.load import open_model
 from mlxvlm.cli import bench, main
+from mlxvlm.engine.decoding import Decoding
+from mlxvlm.errors import UsageError
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ["--tokens", "4", "--repeat", "1", "--prompt-tokens", "16", "64", "--batch", "1", "3", "--image-size", "40"]
@@ -55,10 +59,66 @@ def test_an_interrupt_leaves_what_there_is(capsys: Capture, monkeypatch: pytest.
     assert out.endswith("(interrupted)\n")
 
 
+def test_an_error_leaves_what_there_is(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: Any) -> Iterator[tuple[str, Any]]:
+        yield "time_to_first_token_cold_s", 1.5
+        raise UsageError("no memory for a picture")
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    assert main(["bench", "-m", "demo", "--json", *SMALL]) == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["time_to_first_token_cold_s"], found["is_complete"]) == (1.5, False)
+    assert "no memory for a picture" in err
+
+
 @pytest.mark.parametrize("flag", ["--tokens", "--batch", "--prompt-tokens", "--image-size", "--repeat"])
 def test_numbers_that_can_not_be(flag: str, capsys: Capture) -> None:
     assert main(["bench", "-m", "demo", flag, "0"]) == 2
     assert f"{flag} takes numbers from 1" in capsys.readouterr().err
+
+
+def test_a_row_s_last_token_is_no_step(capsys: Capture) -> None:
+    assert main(["bench", "-m", "demo", "--tokens", "1"]) == 2
+    assert "--tokens takes numbers from 2" in capsys.readouterr().err
+
+
+def test_pictures_that_would_be_refused(capsys: Capture) -> None:
+    assert main(["bench", "-m", "demo", "--image-size", "40", "13342"]) == 2
+    assert "--image-size takes numbers up to 13341" in capsys.readouterr().err
+
+
+def test_all_rows_are_there_as_long_as_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are more rows than tokens."""
+    rows, tokens = 12, 6
+    steps = Counter[int]()
+
+    def advance(self: Decoding, decoding: list[Any], call: Any = Decoding.advance) -> None:
+        steps[len(decoding)] += 1
+        call(self, decoding)
+
+    monkeypatch.setattr(Decoding, "advance", advance)
+    with load("demo", speculation="off") as engine:
+        assert bench._step_s(engine, bench._Prompts(open_model("demo")), rows, tokens) > 0
+    assert steps[rows] >= tokens - 1
+
+
+def test_rows_that_wait_for_others_are_no_batch() -> None:
+    prompts = bench._Prompts(open_model("demo"))
+    with load("demo", max_rows=2) as engine:
+        assert bench._step_s(engine, prompts, 2, 4) is not None
+        assert bench._step_s(engine, prompts, 3, 4) is None
+    words = bench._cell("decode_3_rows_tokens_per_s", None)
+    assert words == "so many don't fit into the memory at once"
+
+
+def test_guesses_are_for_those_who_ask(capsys: Capture) -> None:
+    """The bench's text repeats itself, which is guessed at once."""
+    told = []
+    for flags in ([], ["--draft-tokens", "2"]):
+        assert main(["bench", "-m", "demo", "--json", *SMALL, *flags]) == 0
+        told.append(json.loads(capsys.readouterr().out)["speculation"])
+    assert told == ["off", "on"]
 
 
 def test_no_prompt_begins_like_another() -> None:
