@@ -281,6 +281,7 @@ def in_turn(usages: Sequence[Usage], total_s: float) -> Usage:
         cached_tokens=sum(each.cached_tokens for each in usages),
         drafted_tokens=sum(each.drafted_tokens for each in usages),
         accepted_tokens=sum(each.accepted_tokens for each in usages),
+        vision_s=sum(each.vision_s for each in usages),
     )
 
 

@@ -1,7 +1,8 @@
 """In-situ quantisation: full tensors in, MLX's quantised ones out, one at a time. Knows modules, not files' formats.
 
 A tensor is read, quantised, evaluated and dropped before the next one is read, so the peak is the quantised model and
-one tensor. Stacks of experts are larger than all else together; they come expert by expert.
+one tensor. Stacks of experts are larger than all else together; they come expert by expert. What stays as it is stored
+is read some tensors at a time, which MLX does in several threads.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _NO_TOPOLOGY = Topology()
 _NO_UNITS: Mapping[str, int] = {}
 # Decides where each token goes: a few kilobytes, and an error there is a wrong expert.
 _ROUTER = "router"
+_BATCH_BYTES = 256 << 20  # that are read together: enough for all threads, little beside a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +106,41 @@ def stream(
 
     Raises WeightsError for a tensor that can't be read.
     """
+    batch: Tensors = {}
+    batch_bytes = 0
     for name in list(named):
         if name not in named:  # came with another from the same source
             continue
-        if parts is None or name not in parts:
-            yield from _finished(name, named.pop(name).astype(dtypes[name]), plan).items()
+        is_cut = parts is not None and name in parts
+        if not is_cut and _spec(name, plan) is None and named[name].dtype == dtypes[name]:
+            batch[name] = named.pop(name)
+            batch_bytes += batch[name].nbytes
+            if batch_bytes >= _BATCH_BYTES:
+                yield from _read(batch)
+                batch_bytes = 0
             continue
-        targets = [target for target in parts.targets(name) if named.pop(target, None) is not None]
-        yield from _joined(parts, targets, dtypes, plan)
+        yield from _read(batch)
+        batch_bytes = 0
+        if parts is not None and is_cut:
+            targets = [target for target in parts.targets(name) if named.pop(target, None) is not None]
+            yield from _joined(parts, targets, dtypes, plan)
+        else:
+            yield from _finished(name, named.pop(name).astype(dtypes[name]), plan).items()
+    yield from _read(batch)
+
+
+def _read(batch: Tensors) -> Iterator[tuple[str, mx.array]]:
+    """Tensors that stay as they are, evaluated together; `batch` is emptied."""
+    tensors = dict(batch)
+    batch.clear()
+    try:
+        mx.eval(tensors)
+    except RuntimeError as error:
+        # MLX does not say whose it is, and takes some that were under way for evaluated.
+        names = list(tensors)
+        others = f" or one up to {names[-1]}" if len(names) > 1 else ""
+        raise WeightsError(f"tensor {names[0]}{others} can't be read: {error}") from error
+    yield from tensors.items()
 
 
 def _joined(
@@ -135,12 +164,17 @@ def _joined(
 
 def _finished(name: str, array: mx.array, plan: Plan) -> Tensors:
     """What a tensor becomes, evaluated."""
-    path = name.removesuffix(".weight")
-    spec = plan.specs.get(path) if path != name else None
+    spec = _spec(name, plan)
     try:
         if spec is not None:
-            return quantized(path, array, spec)
+            return quantized(name.removesuffix(".weight"), array, spec)
         mx.eval(array)
     except RuntimeError as error:
         raise WeightsError(f"tensor {name} can't be read: {error}") from error
     return {name: array}
+
+
+def _spec(name: str, plan: Plan) -> QuantSpec | None:
+    """What a tensor is to become; only weights become anything."""
+    path = name.removesuffix(".weight")
+    return plan.specs.get(path) if path != name else None

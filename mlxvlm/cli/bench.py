@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 _TEXT = "The quick brown fox jumps over the lazy dog, while 42 zebras watch from a hill in the rain. "
+_RECIPE = ("isq_vision", "topology", "from_uqff", "mmproj")  # told where they are given
 _DECODE_PROMPT = 128  # tokens in front of what is decoded
 
 
@@ -74,6 +75,7 @@ def execute(args: argparse.Namespace) -> int:
     source = open_source(args)
     with byte_bar("loading") as progress, start_engine(args, source, progress, options) as engine:
         found["load_s"] = time.perf_counter() - begun
+        found["weights_bytes"] = engine.memory().active_bytes
         try:
             for name, value in _measure(args, source, engine):
                 found[name] = value
@@ -101,6 +103,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "isq": args.isq,
         "kv_bits": args.kv_bits,
+        **{name: str(value) for name in _RECIPE if (value := getattr(args, name))},
         "mlxvlm": __version__,
         "mlx": machine.mlx_version,
         "device": machine.name,
@@ -225,6 +228,7 @@ def _picture_figures(usages: list[Usage]) -> dict[str, float] | None:
     return {
         "tokens": usages[0].image_tokens,
         "prepare_s": median(usage.prepare_s for usage in usages),
+        "vision_s": median(usage.vision_s for usage in usages),
         "vision_and_prefill_s": median(usage.prompt_s for usage in usages),
         "time_to_first_token_s": median(usage.time_to_first_token_s for usage in usages),
     }

@@ -306,7 +306,9 @@ class Engine(Asking):
         if not sequence.recalled:
             return
         if sequence.phase is Phase.VISION:
+            begun = time.perf_counter()
             self._runner.encode_images(sequence)
+            sequence.vision_s += time.perf_counter() - begun
         else:
             config = self.config
             self._runner.prefill(sequence, config.prefill_chunk_while_decoding if is_decoding else config.prefill_chunk)

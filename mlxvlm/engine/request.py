@@ -57,6 +57,7 @@ class Usage:
     cached_tokens: int = 0  # of the prompt's, taken from the prefix cache
     drafted_tokens: int = 0  # guessed, to be checked several at once
     accepted_tokens: int = 0  # of the completion's, those that were guessed
+    vision_s: float = 0.0  # of prompt_s: encoding pictures
 
     @property
     def prompt_tokens_per_s(self) -> float:

@@ -52,6 +52,7 @@ class Sequence:
         self.phase = Phase.PREPARING
         self.submitted = time.perf_counter()
         self.prepared = self.started = self.first_token = 0.0
+        self.vision_s = 0.0  # spent on its pictures
         self.deadline = math.inf if timeout_s is None else self.submitted + timeout_s
         self.preparing: Future[Prompt] | None = None  # until it is prepared
         self.prompt = Prompt(())
@@ -209,4 +210,5 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
+            vision_s=self.vision_s,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +37,18 @@ def test_json(capsys: Capture) -> None:
     assert all(found[name] > 0 for name in names)
     picture = found["image_40"]
     assert picture["tokens"] > 0
-    assert picture["time_to_first_token_s"] >= picture["vision_and_prefill_s"] > 0
+    assert picture["time_to_first_token_s"] >= picture["vision_and_prefill_s"] > picture["vision_s"] > 0
+    assert found["peak_memory_bytes"] >= found["weights_bytes"] > 0
+
+
+def test_the_recipe(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "types.yaml").write_text("0-1: {isq: 8@32}")
+    flags = ["--isq", "4@32", "--isq-vision", "--topology", str(tmp_path / "types.yaml"), "--no-isq-cache"]
+    assert main(["bench", "-m", "demo", "--json", *SMALL, *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["isq"], found["isq_vision"]) == ("4@32", "True")
+    assert found["topology"].endswith("types.yaml")
+    assert "mmproj" not in found
 
 
 def test_table(capsys: Capture) -> None:
