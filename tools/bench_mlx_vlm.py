@@ -129,7 +129,7 @@ class Work:
     def threads(self, length: int, rows: int) -> list[float]:
         """See by_thread."""
         if rows > 1:
-            return by_thread(lambda tokens: self.rows(length, tokens, rows), 8, 32)
+            return by_thread(lambda tokens: self.rows(length, tokens, rows), 4, 36)
         return by_thread(lambda tokens: self.step(length, tokens), 20, 220)
 
     def prefill(self, ids: list[int]) -> float:

@@ -80,12 +80,12 @@ class Work:
     def threads(self, length: int, rows: int) -> list[float]:
         """See by_thread."""
         if rows > 1:
-            return by_thread(lambda tokens: self.rows(length, tokens, rows), 8, 32)
+            return by_thread(lambda tokens: self.rows(length, tokens, rows), 4, 36)
         return by_thread(lambda tokens: self.step(length, tokens), 20, 220)
 
     def prefill(self, ids: list[int]) -> float:
         sampling = SamplingParams(max_tokens=1, ignore_eos=True)
-        return self.engine.generate(Request(sampling=sampling, prompt=Prompt(tuple(ids)))).usage.prompt_s
+        return self.engine.generate(Request(sampling=sampling, prompt=Prompt(tuple(ids)))).usage.time_to_first_token_s
 
     def question(self, image: str, text: str, first: bool) -> float:
         sampling = SamplingParams(max_tokens=1, ignore_eos=True)

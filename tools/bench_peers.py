@@ -193,7 +193,9 @@ def threads(peers: Sequence[Peer], rows: int, rounds: int) -> Json:
     """A decode step by the clock, and CPU time of the thread that computes and of the one that asks for it."""
     names = [f"threads_{rows}_{name}" for name in ("wall", "computing", "asking")]
     try:
-        both = [[peer("threads", length=8, rows=rows) for peer in peers] for _ in range(rounds)]
+        both = [
+            [peer("threads", length=8 if rows == 1 else LENGTH, rows=rows) for peer in peers] for _ in range(rounds)
+        ]
     except RuntimeError as error:  # Linux alone tells threads' time
         none = {"ours_s": None, "theirs_s": None, "ratio": None, "why": {"threads": str(error)}}
         return dict.fromkeys(names, none)

@@ -262,12 +262,18 @@ def run(work: Work, ops: dict[str, list[Op]]) -> dict[str, dict[str, float]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--bits", type=int, default=16, help="of the decoder's weights (default: 16)")
+    parser.add_argument(
+        "--bits", type=int, default=16, choices=(2, 3, 4, 5, 6, 8, 16), help="of the decoder's weights (default: 16)"
+    )
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--context", type=int, default=1024, help="tokens that are held (default: 1024)")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a prefill chunk (default: 512)")
     parser.add_argument("--run", action="store_true", help="run them on this device (on the CPU in float32)")
     args = parser.parse_args(argv)
+    if min(args.rows, args.context, args.chunk) < 1:
+        parser.error("--rows, --context and --chunk are 1 at least")
+    if not args.config.is_file():
+        parser.error(f"there is no config at {args.config}")
     device.configure()
     args.dtype = mx.float32 if args.run and not device.is_gpu() else mx.bfloat16
     work = Work(json.loads(args.config.read_text()), args)

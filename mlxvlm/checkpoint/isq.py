@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,8 @@ def _read(batch: Tensors) -> Iterator[tuple[str, mx.array]]:
     try:
         mx.eval(tensors)
     except RuntimeError as error:
+        with suppress(RuntimeError):  # of the others, which would come up in the next evaluation
+            mx.synchronize()
         # MLX does not say whose it is, and takes some that were under way for evaluated.
         names = list(tensors)
         others = f" or one up to {names[-1]}" if len(names) > 1 else ""
