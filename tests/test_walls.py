@@ -72,8 +72,9 @@ WALLS: dict[str, tuple[set[str], set[str]]] = {
             "engine",
             "messages",
             "errors",
-            # Pictures are decoded when they are attached, and shown.
+            # Pictures are decoded when they are attached, and shown; none is larger than the limits.
             "processors.images",
+            "processors.sources",
             "checkpoint.inventory",
             "ranks.place",
             "ranks.launch",
