@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -66,8 +67,14 @@ class Page:
         return self.find(selector)[0]
 
     def wait(self, is_so: Callable[[], Any], what: str = "") -> None:
+        def holds() -> bool:
+            try:
+                return bool(is_so())
+            except StaleElementReferenceException:  # drawn anew while it was read
+                return False
+
         end = time.monotonic() + _WAIT_S
-        while not is_so():
+        while not holds():
             assert time.monotonic() < end, f"it did not happen: {what or is_so}"
             time.sleep(0.05)
 
