@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxvlm.checkpoint import isq as streaming
 from mlxvlm.checkpoint.bind import bind
 from mlxvlm.checkpoint.build import recipe_of
 from mlxvlm.checkpoint.container import TensorFile
@@ -329,6 +331,27 @@ def test_a_file_that_shrinks_after_its_header_was_read(
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 4)
     with pytest.raises(WeightsError, match=r"tensor .*\.weight.* can't be read"):
         bind(model, weights, "float32", silent, recipe_of(LoadOptions(isq=isq)))
+
+
+@pytest.mark.parametrize("isq", [None, "4@32"])
+def test_what_stays_as_stored_is_read_some_at_a_time(
+    isq: str | None, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+
+    def read(batch: Tensors, call: Any = streaming._read) -> Iterator[tuple[str, mx.array]]:
+        batches.append([array.nbytes for array in batch.values()])
+        return call(batch)
+
+    expected = at_once(folders["idefics3"], LoadOptions(isq=isq))
+    monkeypatch.setattr(streaming, "_BATCH_BYTES", 4096)
+    monkeypatch.setattr(streaming, "_read", read)
+    found = loaded(folders["idefics3"], isq=isq)
+    assert found.keys() == expected.keys()
+    assert all(mx.array_equal(found[name], array) for name, array in expected.items())
+    assert all(sum(batch[:-1]) < 4096 for batch in batches)
+    assert max(map(len, batches)) > 1
+    assert sum(map(sum, batches)) > 10 * 4096
 
 
 def test_a_part_of_a_stack(folders: dict[str, Path], tmp_path: Path) -> None:

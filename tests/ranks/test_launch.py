@@ -113,26 +113,12 @@ def test_ctrl_c_while_a_server_starts(pause_s: float, tmp_path: Path) -> None:
         assert gone(process)
 
 
-def test_ctrl_c_before_all_have_come(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "fault", "at"), [(3, "greeting", 0), (2, "slow-connection", 0), (2, "slow-load", 1)])
+def test_ctrl_c_before_all_have_their_share(count: int, fault: str, at: int, tmp_path: Path) -> None:
+    """While one is still missing, while MLX connects them, while another one loads."""
     words = ("serve", "-m", "demo", "--port", "0")
-    with ranks(tmp_path, 3, words, {0: "greeting"}, present=(0, 1)) as started:
-        started[0].wait_for("AT greeting")
-        started[0].popen.send_signal(signal.SIGINT)
-        assert [each.status() for each in started] == [0, 0], (started[0].said, started[1].said)
-        assert started[0].errors == started[1].errors == []
-
-
-def test_ctrl_c_while_mlx_connects_the_ranks(tmp_path: Path) -> None:
-    with ranks(tmp_path, 2, ("serve", "-m", "demo", "--port", "0"), {0: "slow-connection"}) as started:
-        started[0].wait_for("AT slow-connection")
-        started[0].popen.send_signal(signal.SIGINT)
-        assert [each.status() for each in started] == [0, 0], (started[0].said, started[1].said)
-        assert started[0].errors == started[1].errors == []
-
-
-def test_ctrl_c_while_another_rank_loads(tmp_path: Path) -> None:
-    with ranks(tmp_path, 2, ("serve", "-m", "demo", "--port", "0"), {1: "slow-load"}) as started:
-        started[1].wait_for("AT slow-load")
+    with ranks(tmp_path, count, words, {at: fault}, present=(0, 1)) as started:
+        started[at].wait_for(f"AT {fault}")
         started[0].popen.send_signal(signal.SIGINT)
         assert [each.status() for each in started] == [0, 0], (started[0].said, started[1].said)
         assert started[0].errors == started[1].errors == []
